@@ -1,0 +1,1 @@
+"""Devices, hosts, meshes, sharding and memory: the resources that everything above runs on."""

@@ -1,0 +1,1 @@
+"""From raw sources to fixed-length training records, and from records to batches."""

@@ -1,0 +1,1 @@
+"""Runs a task's evaluations on a state and writes reports."""
