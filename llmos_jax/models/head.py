@@ -1,0 +1,112 @@
+"""The output head fused with its cross-entropy: logits exist one chunk at a time, forward and backward."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from llmos_jax.models.layers import matmul
+
+# Logits elements alive at once: 128 MiB in float32. Larger chunks gain nothing, smaller ones lose matmul efficiency.
+_CHUNK_ELEMENTS = 2**25
+
+
+def chunk_length(rows, length, vocab_size, shards=1):
+    """Returns into pieces of how many positions rows of `length` are cut: the largest divisor that fits the budget.
+
+    `shards`: over how many devices rows and vocabulary are laid; the budget is per device.
+    """
+    fits = max(1, _CHUNK_ELEMENTS * shards // (rows * vocab_size))
+    return next(size for size in range(min(fits, length), 0, -1) if length % size == 0)
+
+
+def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, placement=None, chunk=None):
+    """Returns (loss_sum, nll_sum, correct_sum), float32 scalars, of the logits `hidden @ weight.T`.
+
+    nll_sum is the weighted sum of negative log-likelihoods in nats; loss_sum adds `z_loss` x logsumexp^2 (Chowdhery et
+    al. 2022, section 5); correct_sum is the weight of positions whose target has the largest logit. Only loss_sum has a
+    gradient. Gradients are computed in the forward pass, chunk by chunk along the length, so that logits are never
+    computed twice nor kept; memory is one chunk of logits plus one float32 copy of the weight's gradient.
+    """
+    rows, length, _ = hidden_BLD.shape
+    if chunk is None:
+        shards = placement.axis_size("batch") * placement.axis_size("vocab") if placement else 1
+        chunk = chunk_length(rows, length, weight_VD.shape[0], shards)
+    return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+    def add(sums, piece):
+        _, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
+        return jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement)), None
+
+    return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk)[0]
+
+
+def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+    def add(carry, piece):
+        sums, dweight_VD = carry
+        hidden_BCD, targets_BC, weights_BC = piece
+        columns, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
+        sums = jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement))
+        scale = weights_BC[..., None] * (1 + 2 * z_loss * lse) / total
+        dlogits = exponentials * scale - jnp.where(columns == targets_BC[..., None], weights_BC[..., None], 0)
+        dlogits = dlogits.astype(hidden_BCD.dtype)
+        # The head is `hidden @ weight.T`; its gradient in the weight takes the same platform-aware form as a Linear's.
+        _, pullback = jax.vjp(lambda h, w: matmul(h, w.T), hidden_BCD, weight_VD)
+        dhidden_BCD, piece_dweight_VD = pullback(dlogits)
+        return (sums, dweight_VD + piece_dweight_VD), dhidden_BCD
+
+    start = ((jnp.float32(0),) * 3, jnp.zeros_like(weight_VD))
+    (sums, dweight_VD), dhidden_BLD = _over_chunks(add, start, (hidden_BLD, targets_BL, weights_BL), chunk)
+    return sums, (dhidden_BLD, dweight_VD)
+
+
+def _backward(z_loss, placement, chunk, residuals, cotangents):
+    dhidden_BLD, dweight_VD = residuals
+    scale = cotangents[0]
+    return dhidden_BLD * scale.astype(dhidden_BLD.dtype), dweight_VD * scale, None, None
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _softmax_parts(piece, weight_VD, placement):
+    hidden_BCD = piece[0]
+    logits = jnp.einsum(
+        "BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32
+    )
+    if placement is not None:
+        logits = placement.constrain(logits, "batch", None, "vocab")
+    columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    largest = logits.max(-1, keepdims=True)
+    exponentials = jnp.exp(logits - largest)
+    total = exponentials.sum(-1, keepdims=True)
+    return columns, logits, exponentials, total, largest + jnp.log(total)
+
+
+def _sums(logits, lse, piece, z_loss, placement):
+    _, targets_BC, weights_BC = piece
+    if placement is None or placement.axis_size("vocab") == 1:
+        chosen = jnp.take_along_axis(logits, targets_BC[..., None], -1)
+    else:  # a gather along a sharded dimension would collect all logits on every device
+        columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+        chosen = jnp.where(columns == targets_BC[..., None], logits, 0).sum(-1, keepdims=True)
+    nll = (lse - chosen)[..., 0]
+    is_correct = chosen >= logits.max(-1, keepdims=True)
+    nll_sum = (nll * weights_BC).sum()
+    penalty = z_loss * (jnp.square(lse[..., 0]) * weights_BC).sum()
+    return nll_sum + penalty, nll_sum, (is_correct[..., 0] * weights_BC).sum()
+
+
+def _over_chunks(function, carry, arrays, chunk):
+    """Scans `function(carry, piece)` over pieces of `chunk` positions; outputs are joined along the length again."""
+    rows, length = arrays[0].shape[:2]
+    count = length // chunk
+    if count == 1:
+        return function(carry, arrays)
+    pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0), arrays)
+    carry, outputs = lax.scan(function, carry, pieces)
+    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, length, *y.shape[3:]), outputs)

@@ -1,0 +1,166 @@
+"""Layers shared by every model family: linear maps, layer norm, GELU, dropout.
+
+Parameters carry the logical axes of their dimensions as metadata (`axes`), which `compute/sharding.py` turns into a
+layout. Parameters are float32; layers compute in the dtype of their input. Several backward passes are written by hand
+because the automatic ones keep more activations, or on XLA:CPU miss the fast matrix library.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+
+def parameter(rngs, shape, axes, initializer):
+    """Returns a float32 `nnx.Param` of `shape` with logical `axes`, drawn from `rngs.params` by `initializer`."""
+    if len(shape) != len(axes):
+        raise ValueError(f"{len(axes)} axes for a parameter of shape {shape}.")
+    return nnx.Param(initializer(rngs.params(), shape, jnp.float32), axes=tuple(axes))
+
+
+class Linear(nnx.Module):
+    """Affine map from the last `len(in_shape)` dimensions of its input to `out_shape`.
+
+    `weight` is [*in_shape, *out_shape], `bias` [*out_shape]. Multi-dimensional shapes keep heads a dimension of their
+    own, so that they can be sharded by name.
+    """
+
+    def __init__(self, in_shape, out_shape, in_axes, out_axes, *, stddev, rngs):
+        normal = jax.nn.initializers.normal(stddev)
+        self.weight = parameter(rngs, (*in_shape, *out_shape), (*in_axes, *out_axes), normal)
+        self.bias = parameter(rngs, tuple(out_shape), out_axes, jax.nn.initializers.zeros)
+        self.contracted = len(in_shape)
+
+    def __call__(self, x):
+        return matmul(x, self.weight[...], self.contracted) + self.bias[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer normalisation over the last dimension (Ba et al. 2016), statistics in float32."""
+
+    def __init__(self, size, *, rngs, epsilon=1e-5):
+        self.scale = parameter(rngs, (size,), ("norm",), jax.nn.initializers.ones)
+        self.bias = parameter(rngs, (size,), ("norm",), jax.nn.initializers.zeros)
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x, weight, contracted=1):
+    """Returns x [..., *in] times weight [*in, *out] -> [..., *out] in x's dtype; `contracted` = len(in).
+
+    The weight's gradient is made in the weight's own dtype (float32), whatever the dtype of the activations.
+    """
+    return _contract(x, weight.astype(x.dtype), contracted)
+
+
+def _contract(x, weight, contracted):
+    lead = x.ndim - contracted
+    dims = (tuple(range(lead, x.ndim)), tuple(range(contracted)))
+    return lax.dot_general(x, weight, (dims, ((), ())))
+
+
+def _matmul_forward(x, weight, contracted):
+    return matmul(x, weight, contracted), (x, weight)
+
+
+def _matmul_backward(contracted, residuals, g):
+    x, weight = residuals
+    outputs = weight.ndim - contracted
+    dims = (tuple(range(g.ndim - outputs, g.ndim)), tuple(range(contracted, weight.ndim)))
+    dx = lax.dot_general(g, weight.astype(g.dtype), (dims, ((), ())))
+    dw = lax.platform_dependent(
+        x,
+        g,
+        cpu=functools.partial(_weight_gradient_cpu, lead=x.ndim - contracted, dtype=weight.dtype),
+        default=functools.partial(_weight_gradient, lead=x.ndim - contracted, dtype=weight.dtype),
+    )
+    return dx, dw
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _weight_gradient(x, g, *, lead, dtype):
+    dims = (tuple(range(lead)), tuple(range(lead)))
+    return lax.dot_general(x, g, (dims, ((), ())), preferred_element_type=dtype)
+
+
+def _weight_gradient_cpu(x, g, *, lead, dtype):
+    """The same product in the form that XLA:CPU hands to its fast library.
+
+    A product that contracts the first dimension of both sides misses it; transposing the smaller operand first (behind a
+    barrier, or it is fused away) made whole training steps 1.2 times faster.
+    """
+    x_TI = x.reshape(math.prod(x.shape[:lead]), -1)
+    g_TO = g.reshape(math.prod(g.shape[:lead]), -1)
+    if x_TI.shape[1] <= g_TO.shape[1]:
+        dw = lax.dot(lax.optimization_barrier(x_TI.T), g_TO, preferred_element_type=dtype)
+    else:
+        dw = lax.optimization_barrier(lax.dot(lax.optimization_barrier(g_TO.T), x_TI, preferred_element_type=dtype)).T
+    return dw.reshape(*x.shape[lead:], *g.shape[lead:])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x, scale, bias, epsilon):
+    """Returns x normalised over its last dimension, in x's dtype; keeps x, mean and 1/std for the backward pass."""
+    return _layer_norm_forward(x, scale, bias, epsilon)[0]
+
+
+def _layer_norm_forward(x, scale, bias, epsilon):
+    wide = x.astype(jnp.float32)
+    mean = wide.mean(-1, keepdims=True)
+    variance = jnp.maximum(jnp.mean(wide * wide, -1, keepdims=True) - mean * mean, 0.0)  # one pass over x
+    inverse = lax.rsqrt(variance + epsilon)
+    return ((wide - mean) * inverse * scale + bias).astype(x.dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_backward(epsilon, residuals, g):
+    x, scale, mean, inverse = residuals
+    g = g.astype(jnp.float32)
+    normalised = (x.astype(jnp.float32) - mean) * inverse
+    scaled = g * scale
+    along = scaled.mean(-1, keepdims=True)
+    across = (scaled * normalised).mean(-1, keepdims=True)
+    rows = tuple(range(g.ndim - 1))
+    dx = inverse * (scaled - along - normalised * across)
+    return dx.astype(x.dtype), (g * normalised).sum(rows), g.sum(rows)
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+_GELU_SCALE = math.sqrt(2 / math.pi)
+_GELU_CUBIC = 0.044715
+
+
+@jax.custom_vjp
+def gelu(x):
+    """Returns GELU in its tanh form (Hendrycks & Gimpel 2016, as in GPT-2); keeps only x for the backward pass."""
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _gelu_backward(x, g):
+    tanh = jnp.tanh(_GELU_SCALE * (x + _GELU_CUBIC * x * x * x))
+    slope = _GELU_SCALE * (1 + 3 * _GELU_CUBIC * x * x)
+    return (g * (0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * slope),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+def dropout(x, rate, key):
+    """Returns x with a fraction `rate` of its elements set to zero and the rest scaled up; x itself when key is None."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0).astype(x.dtype)
+
+
+def fold_key(key, number):
+    """Returns a key that depends on `key` and `number`; None stays None (no dropout)."""
+    return None if key is None else jax.random.fold_in(key, number)
