@@ -125,8 +125,8 @@ class GPT(nnx.Module):
 
     def __init__(self, config, placement, *, rngs):
         normal = jax.nn.initializers.normal(_INITIAL_STDDEV)
-        self.embedding = parameter(rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal)
-        self.positions = parameter(rngs, (config.context, config.width), ("positions", "embed"), normal)
+        self.embedding = parameter(rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal, kind="embedding")
+        self.positions = parameter(rngs, (config.context, config.width), ("positions", "embed"), normal, kind="embedding")
         self.stack = Stack(
             lambda rngs: Block(config, placement, rngs=rngs),
             config.layers,
@@ -168,7 +168,7 @@ class GPT(nnx.Module):
     def decode(self, tokens_BL, blocks, cache, start_B, first_B):
         """Returns (hidden [B, L, D], cache): L new tokens in cache slots start..start+L-1 of every row.
 
-        `blocks`: `stack.layers()`; `cache`: one (key, value) pair a layer; first_B: the first slot that holds a token of
+        `blocks`: `stack.bind(layers)`; `cache`: one (key, value) pair a layer; first_B: the first slot that holds a token of
         the row (rows are padded on the left), so positions count from there.
         """
         slots_BL = start_B[:, None] + jnp.arange(tokens_BL.shape[1])

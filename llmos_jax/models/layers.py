@@ -14,11 +14,15 @@ from flax import nnx
 from jax import lax
 
 
-def parameter(rngs, shape, axes, initializer):
-    """Returns a float32 `nnx.Param` of `shape` with logical `axes`, drawn from `rngs.params` by `initializer`."""
+def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
+    """Returns a float32 `nnx.Param` of `shape` with logical `axes`, drawn from `rngs.params` by `initializer`.
+
+    `kind` tells the optimizer what it is: a "matrix" (its first `inputs` dimensions are contracted with activations), an
+    "embedding" or a "vector" (biases and norms: no weight decay).
+    """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axes for a parameter of shape {shape}.")
-    return nnx.Param(initializer(rngs.params(), shape, jnp.float32), axes=tuple(axes))
+    return nnx.Param(initializer(rngs.params(), shape, jnp.float32), axes=tuple(axes), kind=kind, inputs=inputs)
 
 
 class Linear(nnx.Module):
@@ -30,7 +34,8 @@ class Linear(nnx.Module):
 
     def __init__(self, in_shape, out_shape, in_axes, out_axes, *, stddev, rngs):
         normal = jax.nn.initializers.normal(stddev)
-        self.weight = parameter(rngs, (*in_shape, *out_shape), (*in_axes, *out_axes), normal)
+        shape, axes = (*in_shape, *out_shape), (*in_axes, *out_axes)
+        self.weight = parameter(rngs, shape, axes, normal, kind="matrix", inputs=len(in_shape))
         self.bias = parameter(rngs, tuple(out_shape), out_axes, jax.nn.initializers.zeros)
         self.contracted = len(in_shape)
 

@@ -57,10 +57,10 @@ class Stack(nnx.Module):
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat])
         return lax.scan(lambda x, layer: (run(x, layer), None), x, (stacked, jax.numpy.arange(self.count)))[0]
 
-    def layers(self):
-        """Returns the blocks one by one, as modules (each a slice of the stack)."""
-        graphdef, stacked = nnx.split(self.blocks)
-        return [nnx.merge(graphdef, parameters) for parameters in unstack(stacked, self.count)]
+    def bind(self, layers):
+        """Returns the blocks as modules with the parameters of `layers` (see `unstack`): how a served model runs."""
+        graphdef = nnx.graphdef(self.blocks)
+        return [nnx.merge(graphdef, parameters) for parameters in layers]
 
 
 def unstack(tree, count):
@@ -75,4 +75,5 @@ def _is_parameter(value):
 
 
 def _with_layers_axis(parameter):
-    return nnx.Param(parameter[...], axes=("layers", *parameter.get_metadata()["axes"]))
+    known = parameter.get_metadata()
+    return nnx.Param(parameter[...], axes=("layers", *known["axes"]), kind=known["kind"], inputs=known["inputs"])

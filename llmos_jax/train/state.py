@@ -1,0 +1,158 @@
+"""The training state: one frozen tree of sharded arrays, and its sharded birth."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llmos_jax.compute.sharding import shard_shapes_divide
+from llmos_jax.train.guard import initial_guard
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterInfo:
+    """What the code that built a parameter knows of it: logical axes, kind (matrix, embedding, vector), inputs."""
+
+    axes: tuple[str | None, ...]
+    kind: str
+    inputs: int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes.
+
+    step: updates applied (int32); params, ema: nested dicts of float32 arrays (ema may be None); optimizer: optax's
+    state; guard: counters and running mean of `guard.py`.
+    """
+
+    step: jax.Array
+    params: Any
+    optimizer: Any
+    ema: Any
+    guard: Any
+
+    @property
+    def evaluated_params(self):
+        """The averaged weights where they are kept, the weights themselves elsewhere."""
+        return self.params if self.ema is None else self.ema
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelHandle:
+    """A model taken apart: `merge(params)` gives the module, `infos` describes its parameters, `shapes` their shapes."""
+
+    graphdef: Any
+    shapes: Any
+    infos: Any
+    shardings: Any
+    build: Any
+
+    def merge(self, params):
+        """Returns the Flax module with these parameters."""
+        return nnx.merge(self.graphdef, params)
+
+    def init(self, key):
+        """Returns fresh parameters; call it inside jit with `out_shardings=handle.shardings`."""
+        return nnx.to_pure_dict(nnx.state(self.build(rngs=nnx.Rngs(params=key))))
+
+
+def describe_model(build, placement):
+    """Returns the ModelHandle of `build(rngs=...)` without allocating a parameter.
+
+    Raises ConfigError when a parameter's dimension can't be laid over its mesh axis.
+    """
+    graphdef, state = nnx.split(jax.eval_shape(lambda: build(rngs=nnx.Rngs(params=0))))
+    infos = jax.tree.map(_info, state, is_leaf=_is_variable)
+    infos = nnx.to_pure_dict(infos) if isinstance(infos, nnx.State) else infos
+    shapes = nnx.to_pure_dict(state)
+    names = jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path), shapes)
+    jax.tree.map(lambda s, info, name: shard_shapes_divide(placement, s.shape, info.axes, name), shapes, infos, names)
+    shardings = jax.tree.map(lambda info: placement.sharding(*info.axes), infos)
+    return ModelHandle(graphdef, shapes, infos, shardings, build)
+
+
+def init_state(handle, optimizer, placement, seed, *, with_ema=False):
+    """Returns a fresh TrainState, every array born in its place: none is ever whole on one device when it is sharded."""
+    make = _make_state(handle, optimizer, with_ema)
+    key = jax.random.key(seed)
+    return jax.jit(make, out_shardings=state_shardings(handle, optimizer, placement, with_ema=with_ema))(key)
+
+
+def abstract_state(handle, optimizer, placement, *, with_ema=False):
+    """Returns the state as ShapeDtypeStructs with shardings: what a restore needs to know."""
+    shapes = jax.eval_shape(_make_state(handle, optimizer, with_ema), jax.random.key(0))
+    shardings = state_shardings(handle, optimizer, placement, with_ema=with_ema)
+    return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
+
+
+def state_shardings(handle, optimizer, placement, *, with_ema=False):
+    """Returns the tree of NamedShardings of a TrainState; optimizer moments lie as their parameters do."""
+    shapes = jax.eval_shape(_make_state(handle, optimizer, with_ema), jax.random.key(0))
+    by_name = {
+        leaf_name(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(handle.shapes), jax.tree.leaves(handle.shardings), strict=True
+        )
+    }
+
+    def place(path, leaf):
+        # A moment's path ends with its parameter's path; a factored moment (adafactor) has another shape: replicated.
+        parts = leaf_name(path).split("/")
+        for start in range(len(parts)):
+            shape, sharding = by_name.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return placement.sharding()
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def to_tree(state):
+    """Returns the state as nested dicts with stable names: the form that is saved."""
+    tree = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        *parents, last = leaf_name(path).split("/")
+        node = tree
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[last] = leaf
+    return tree
+
+
+def from_tree(tree, like):
+    """Returns a state shaped as `like` with the leaves of `tree` (see `to_tree`)."""
+
+    def find(path, _):
+        node = tree
+        for name in leaf_name(path).split("/"):
+            node = node[name]
+        return node
+
+    return jax.tree_util.tree_map_with_path(find, like)
+
+
+def leaf_name(path):
+    """Returns a tree path as text: `params/stack/blocks/up/weight`."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def _make_state(handle, optimizer, with_ema):
+    def make(key):
+        params = handle.init(key)
+        ema = jax.tree.map(jnp.copy, params) if with_ema else None
+        return TrainState(jnp.int32(0), params, optimizer.init(params), ema, initial_guard())
+
+    return make
+
+
+def _is_variable(value):
+    return isinstance(value, nnx.Variable)
+
+
+def _info(variable):
+    known = variable.get_metadata()
+    return ParameterInfo(known["axes"], known["kind"], known["inputs"])
