@@ -1,0 +1,241 @@
+"""The public functions: what `main` dispatches to and notebooks call. They join the layers below, and add nothing."""
+
+import contextlib
+import dataclasses
+import functools
+import logging as python_logging
+import pathlib
+import re
+
+from absl import logging
+
+from llmos_jax import config
+from llmos_jax.errors import CheckpointError, RunDirectoryError
+
+
+def load_settings(spec, overrides=()):
+    """Returns (Settings, default run directory) of the experiment `NAME.py[:ARG]` with (path, text) overrides.
+
+    Raises ConfigError naming any setting that is unknown, mistyped, out of range or contradictory.
+    """
+    from llmos_jax.train.settings import Settings
+
+    tree, path, arg = config.load_experiment(spec)
+    settings = config.parse(Settings, config.apply_overrides(tree, overrides))
+    slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", arg).strip("_")
+    return settings, pathlib.Path("runs") / (f"{path.stem}-{slug}" if slug else path.stem)
+
+
+def train(settings, directory, *, launched=None):
+    """Trains as `settings` say in run directory `directory`, going on from where it stands; returns its summary.
+
+    The summary is a dict: step, evaluation {metric: value}, baselines, goodput, seconds {category: seconds},
+    throughput, elapsed_seconds. A finished run is not trained again. `launched`: `time.time()` of the process's start,
+    to report the time to the first step.
+
+    Raises RunDirectoryLocked when another process writes there, RunDirectoryError when it holds another experiment,
+    Preempted (state saved) on SIGTERM or Ctrl-C, and what else `llmos_jax.errors` lists.
+    """
+    from llmos_jax.train import directory as run_directory
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    directory = run_directory.prepare_directory(directory)
+    with RunDirectoryLease(directory), _log_file(directory / run_directory.LOG_FILE):
+        summary = run_directory.finished(directory, settings)
+        if summary is None:
+            return _train(settings, directory, launched)
+        logging.info("%s is finished: %s.", directory, headline(summary))
+        logging.info("To go on, raise train.steps (or train.max_seconds); to start anew, name another --workdir.")
+        return summary
+
+
+def load(directory, *, step=None):
+    """Returns the LanguageModel of a run directory: its newest verified checkpoint, or that of `step`.
+
+    Raises RunDirectoryError when the directory holds no run, CheckpointError when no checkpoint is intact.
+    """
+    from llmos_jax.compute.sharding import make_placement
+    from llmos_jax.data.tokenizer import load_tokenizer
+    from llmos_jax.serve.generate import Generator
+    from llmos_jax.train import directory as run_directory
+    from llmos_jax.train.settings import Settings
+    from llmos_jax.train.state import describe_model
+
+    directory = pathlib.Path(directory)
+    saved = run_directory.read_settings(directory)
+    if saved is None:
+        raise RunDirectoryError(f"--workdir={directory} holds no run: there is no {run_directory.SETTINGS_FILE}.")
+    settings = config.parse(Settings, saved)
+    prepare_platform(settings)
+    placement = make_placement()
+    family = config.unit("llmos_jax.models", settings.model.name)
+    handle = describe_model(functools.partial(family.build, settings.model, placement), placement)
+    key = "params" if settings.optim.ema is None else "ema"
+    params = _restore_params(directory, handle, step=step, key=key)
+    tokenizer = load_tokenizer(directory / "tokenizer.json")
+    return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, placement))
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A trained model with its tokenizer, on the devices."""
+
+    settings: object
+    params: object
+    generator: object
+
+    def generate(self, prompts, sampling=None, on_text=None, **choices):
+        """Returns one Generation (text, tokens, reason) per prompt; `choices` are fields of SamplingConfig.
+
+        `on_text(row, text)` is called with each piece of text as it appears.
+        """
+        from llmos_jax.serve.sample import SamplingConfig
+
+        sampling = sampling or config.parse(SamplingConfig, choices)
+        return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
+
+
+def headline(summary):
+    """Returns one line on a run's summary: its validation figures and the baselines they are held against."""
+    figures = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in summary["evaluation"].items())
+    against = "".join(f"; {name} {value:.4f}" for name, value in summary["baselines"].items())
+    return f"step {summary['step']}, {figures}{against}"
+
+
+def prepare_platform(settings):
+    """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache."""
+    from llmos_jax.compute import host
+
+    has_kept_heap = settings.train.keep_heap and host.keep_heap()
+    import jax
+
+    if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
+        # One step's temporaries alive at a time; with the kept heap they are then reused, never faulted in again.
+        jax.config.update("jax_cpu_enable_async_dispatch", False)
+        logging.info("heap kept: %s", has_kept_heap)
+    jax.config.update("jax_compilation_cache_dir", str(host.cache_directory("compile")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _train(settings, directory, launched):
+    from llmos_jax.compute import devices
+    from llmos_jax.compute.sharding import make_placement
+    from llmos_jax.evaluate.evaluator import make_evaluator
+    from llmos_jax.evaluate.report import write_report
+    from llmos_jax.train import directory as run_directory
+    from llmos_jax.train import loop
+    from llmos_jax.train.metrics import read_metrics
+
+    prepare_platform(settings)
+    placement = make_placement(settings.mesh)
+    task = config.unit("llmos_jax.tasks", settings.task.name).build(
+        settings.task,
+        model=settings.model,
+        data=settings.data,
+        batch_size=settings.train.batch_size,
+        seed=settings.seed,
+        log=logging.info,
+    )
+    settings = dataclasses.replace(settings, model=task.model_config)
+    run_directory.claim(directory, settings)
+    for name, text in task.artifacts.items():
+        (directory / name).write_text(text)
+    machine = devices.describe_devices(placement.mesh.devices.flat)
+    tokens = task.batch_size * task.tokens_per_row
+    logging.info("%s on %s, mesh %s", settings.name, machine, dict(placement.mesh.shape))
+    logging.info("%s parameters; a step is %s tokens, %.3g FLOPs", f"{task.parameter_count:,}", f"{tokens:,}",
+                 task.flops_per_token * tokens)  # fmt: skip
+    result = loop.train(
+        settings,
+        task,
+        placement,
+        directory,
+        evaluate=lambda handle: make_evaluator(task, handle, placement),
+        sample=lambda handle: _sampler(task, settings, handle, placement),
+        initial_params=settings.train.init_from and functools.partial(_warm_start, settings),
+        launched=launched,
+    )
+    summary = dataclasses.asdict(result) | {"baselines": dict(task.baselines), "machine": machine}
+    run_directory.mark_done(directory, summary)
+    logging.info("%s", headline(summary))
+    report = directory / run_directory.REPORT_FILE
+    write_report(
+        report,
+        title=f"{settings.name}: {task.parameter_count:,} parameters on {machine}",
+        settings=config.to_plain(settings),
+        metrics=read_metrics(directory / run_directory.METRICS_FILE),
+        summary=summary,
+    )
+    logging.info("report: %s", report)
+    return summary
+
+
+def _sampler(task, settings, handle, placement):
+    """Returns `sample(params) -> [{"prompt", "text"}]` for the samples that are shown while training."""
+    from llmos_jax.serve.generate import Generator
+    from llmos_jax.serve.sample import SamplingConfig
+
+    family = config.unit("llmos_jax.models", settings.model.name)
+    generator = Generator(handle, family, settings.model, task.tokenizer, placement)
+    sampling = SamplingConfig(max_tokens=task.sample_tokens, temperature=task.temperature, seed=settings.seed)
+
+    def sample(params):
+        texts = generator.generate(params, task.prompts, sampling)
+        return [{"prompt": prompt, "text": done.text} for prompt, done in zip(task.prompts, texts, strict=True)]
+
+    return sample
+
+
+def _warm_start(settings, handle):
+    """Returns the parameters of the run that `train.init_from` names, placed as this run's."""
+    from llmos_jax.train import directory as run_directory
+
+    source = pathlib.Path(settings.train.init_from)
+    saved = run_directory.read_settings(source)
+    if saved is None:
+        raise RunDirectoryError(f"train.init_from={source} is no run directory: it has no {run_directory.SETTINGS_FILE}.")
+    logging.info("warm start from %s", source)
+    return _restore_params(source, handle, key="params" if saved["optim"]["ema"] is None else "ema")
+
+
+def _restore_params(directory, handle, *, step=None, key="params"):
+    import jax
+
+    from llmos_jax.train.checkpoint import CheckpointConfig, Checkpointer
+    from llmos_jax.train.loop import CHECKPOINTS
+
+    abstract = jax.tree.map(
+        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), handle.shapes, handle.shardings
+    )
+    checkpoints = pathlib.Path(directory) / CHECKPOINTS
+    if not checkpoints.is_dir():
+        raise CheckpointError(f"{directory} has no checkpoint yet: train it first.")
+    checkpointer = Checkpointer(checkpoints, CheckpointConfig())
+    try:
+        return checkpointer.restore_params(step, abstract, key=key)
+    finally:
+        checkpointer.close()
+
+
+@contextlib.contextmanager
+def _log_file(path):
+    """Adds everything that is logged, with times and traces, to a file of the run directory."""
+    handler = python_logging.FileHandler(path)
+    handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    root = python_logging.getLogger()
+    root.addHandler(handler)
+    try:
+        yield
+    except Exception:
+        root.debug("the run ended with an error", exc_info=True)
+        handler.handle(root.makeRecord("llmos", python_logging.ERROR, "", 0, "run ended", (), _exception()))
+        raise
+    finally:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _exception():
+    import sys
+
+    return sys.exc_info()

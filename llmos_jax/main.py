@@ -1,0 +1,170 @@
+"""Flags, typed settings, one dispatch: `python -m llmos_jax.main [VERB] --config=experiments/NAME.py[:options]`."""
+
+import logging as python_logging
+import pathlib
+import sys
+import time
+
+from absl import flags, logging
+
+from llmos_jax import api, errors
+from llmos_jax.config import Override, parse
+
+_USAGE = """usage: llmos [VERB] [flags]
+
+  train       --config=experiments/NAME.py[:option=value,flag] [--config.path.to.setting=value] [--workdir=DIR]
+              (the verb when none is given; going on where the run directory stands)
+  generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
+              [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
+  checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
+"""
+
+
+def main(argv=None):
+    """Runs one command and returns its exit code (`errors` lists them)."""
+    launched = _launch_time()
+    _log_plainly()
+    try:
+        words, values, overrides = _parse(list(sys.argv if argv is None else argv))
+        verb = words.pop(0) if words else "train"
+        if verb not in _VERBS:
+            raise errors.ConfigError(f"there is no verb {verb!r}; known: {', '.join(_VERBS)}.\n\n{_USAGE}")
+        _VERBS[verb](words, values, overrides, launched)
+    except errors.LlmosError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return errors.EXIT_DONE
+
+
+def console():
+    """Entry of the `llmos` console script."""
+    sys.exit(main())
+
+
+def _train(words, values, overrides, launched):
+    _no_more(words)
+    if not values.config:
+        raise errors.ConfigError(f"--config is missing.\n\n{_USAGE}")
+    settings, default_directory = api.load_settings(values.config, overrides)
+    api.train(settings, values.workdir or default_directory, launched=launched)
+
+
+def _generate(words, values, overrides, launched):
+    from llmos_jax.serve.sample import SamplingConfig
+
+    _no_more(words)
+    prompts = list(values.prompt)
+    if values.prompt_file:
+        try:
+            prompts += pathlib.Path(values.prompt_file).read_text().splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise errors.ConfigError(f"--prompt_file={values.prompt_file} can't be read: {error}.") from None
+    if not prompts:
+        raise errors.ConfigError("there is nothing to continue: give --prompt=TEXT or --prompt_file=FILE.")
+    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
+    choices = {name: Override(values[name].value) for name in names if values[name].value is not None}
+    sampling = parse(SamplingConfig, choices | {"stop": tuple(values.stop)})
+    model = api.load(_workdir(values), step=values.step)
+    if len(prompts) == 1:  # stream
+        print(prompts[0], end="", flush=True)
+        model.generate(prompts, sampling, on_text=lambda row, text: print(text, end="", flush=True))
+        print()
+        return
+    for prompt, done in zip(prompts, model.generate(prompts, sampling), strict=True):
+        print(f"{prompt}{done.text}\n---")
+
+
+def _checkpoint(words, values, overrides, launched):
+    from llmos_jax.train import checkpoint
+    from llmos_jax.train.loop import CHECKPOINTS
+
+    action = words.pop(0) if words else "ls"
+    _no_more(words)
+    directory = _workdir(values) / CHECKPOINTS
+    if not directory.is_dir():
+        raise errors.CheckpointError(f"{directory.parent} has no checkpoints.")
+    if action == "ls":
+        print(checkpoint.format_rows(checkpoint.list_checkpoints(directory)))
+    elif action == "verify":
+        rows = checkpoint.verify_checkpoints(directory)
+        print(checkpoint.format_rows(rows))
+        damaged = [str(row.step) for row in rows if not row.is_good]
+        if damaged:
+            raise errors.CheckpointError(f"damaged: step {', '.join(damaged)}.")
+    elif action == "gc":
+        removed = checkpoint.collect_garbage(directory, keep=values.keep)
+        print("\n".join(f"removed {name}" for name in removed) or "nothing to remove")
+    else:
+        raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")
+
+
+_VERBS = {"train": _train, "generate": _generate, "checkpoint": _checkpoint}
+
+
+def _parse(argv):
+    """Returns (words, flag values, overrides): `--config.a.b=value` flags are kept apart, typed later by their settings."""
+    overrides, rest = [], []
+    items = iter(argv[1:])
+    for item in items:
+        name, has_value, value = item.lstrip("-").partition("=")
+        if item.startswith("--") and name.startswith("config."):
+            if not has_value:
+                value = next(items, None)
+                if value is None:
+                    raise errors.ConfigError(f"{item} needs a value: {item}=...")
+            overrides.append((name.removeprefix("config."), value))
+        else:
+            rest.append(item)
+    values = flags.FlagValues()
+    text = dict(flag_values=values)
+    flags.DEFINE_string("config", None, "experiments/NAME.py[:option=value,flag]", **text)
+    flags.DEFINE_string("workdir", None, "run directory", **text)
+    flags.DEFINE_multi_string("prompt", [], "text to continue (repeatable)", **text)
+    flags.DEFINE_string("prompt_file", None, "file with one prompt a line", **text)
+    for name in ("max_tokens", "temperature", "top_k", "top_p", "seed"):
+        flags.DEFINE_string(name, None, "see serve.sample.SamplingConfig", **text)
+    flags.DEFINE_multi_string("stop", [], "text that ends a continuation (repeatable)", **text)
+    flags.DEFINE_integer("step", None, "checkpoint to load; none: the newest", **text)
+    flags.DEFINE_integer("keep", 1, "newest checkpoints that gc keeps", lower_bound=1, **text)
+    flags.DEFINE_bool("help", False, "show this", short_name="h", **text)
+    try:
+        words = values([argv[0], *rest])[1:]
+    except flags.Error as error:
+        raise errors.ConfigError(f"{error}\n\n{_USAGE}") from None
+    if values.help:
+        print(_USAGE)
+        sys.exit(0)
+    return words, values, overrides
+
+
+def _workdir(values):
+    if not values.workdir:
+        raise errors.ConfigError("--workdir is missing: name the run directory, for example --workdir=runs/gpt.")
+    return pathlib.Path(values.workdir)
+
+
+def _no_more(words):
+    if words:
+        raise errors.ConfigError(f"unexpected argument {words[0]!r}.\n\n{_USAGE}")
+
+
+def _log_plainly():
+    """One plain line per message, on standard error; times and levels go to the run directory's log file."""
+    flags.FLAGS.mark_as_parsed()
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
+
+
+def _launch_time():
+    """Returns when this process was launched, in `time.time()` seconds."""
+    from llmos_jax.compute.host import process_age_seconds
+
+    return time.time() - process_age_seconds()
+
+
+if __name__ == "__main__":
+    console()

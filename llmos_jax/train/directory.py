@@ -1,0 +1,89 @@
+"""The run directory: whose it is, and whether its run has ended."""
+
+import dataclasses
+import json
+import pathlib
+
+from llmos_jax.config import differences, to_json, to_plain
+from llmos_jax.errors import RunDirectoryError
+from llmos_jax.train.settings import IDENTITY
+
+SETTINGS_FILE = "settings.json"
+DONE_FILE = "DONE.json"
+LOG_FILE = "log.txt"
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.html"
+
+
+def prepare_directory(directory):
+    """Returns `directory` as a Path, made if missing; RunDirectoryError when it can't be a directory or be written."""
+    directory = pathlib.Path(directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = directory / ".writable"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunDirectoryError(f"--workdir={directory} can't be used ({error.strerror}): name another directory.") from None
+    return directory
+
+
+def claim(directory, settings):
+    """Writes the resolved settings into a run directory, or compares them with those that are there.
+
+    A run may go on with another mesh, rhythm or length; RunDirectoryError names what else differs.
+    """
+    file = directory / SETTINGS_FILE
+    saved = read_settings(directory)
+    if saved is not None:
+        changed = _identity_differences(saved, to_plain(settings))
+        if changed:
+            raise RunDirectoryError(
+                f"{directory} holds another experiment ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}): "
+                "name another --workdir, or restore those settings."
+            )
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(to_json(settings))
+    temporary.replace(file)
+
+
+def read_settings(directory):
+    """Returns the plain settings of a run directory, or None when it has none."""
+    return read_json(pathlib.Path(directory) / SETTINGS_FILE)
+
+
+def read_json(file):
+    """Returns the content of a JSON file, None when it is missing; RunDirectoryError when it is damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunDirectoryError(f"{file} is not JSON ({error}): restore it, or name another --workdir.") from None
+
+
+def finished(directory, settings):
+    """Returns the summary of a run that has ended and that `settings` don't prolong, else None."""
+    summary, saved = read_json(directory / DONE_FILE), read_settings(directory)
+    if summary is None or saved is None:
+        return None
+    asked = to_plain(settings)
+    if asked["model"].get("vocab_size") == 0:  # fitted to the tokenizer; what it became stands in the saved settings
+        asked["model"]["vocab_size"] = saved["model"].get("vocab_size")
+    if _identity_differences(saved, asked):
+        return None
+    train = settings.train
+    is_past_steps = train.steps is not None and summary["step"] >= train.steps
+    is_past_clock = train.max_seconds is not None and summary["elapsed_seconds"] >= train.max_seconds
+    return summary if is_past_steps or is_past_clock else None
+
+
+def mark_done(directory, result, elapsed_seconds):
+    """Writes the marker of a run that has ended, with its figures."""
+    content = dataclasses.asdict(result) | {"elapsed_seconds": elapsed_seconds}
+    (directory / DONE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _identity_differences(saved, asked):
+    changed = [line for key in IDENTITY for line in differences(saved.get(key), asked.get(key), key)]
+    return [line for line in changed if not line.startswith(("data.cache_dir", "task.", "data.on_corrupt", "data.max_corrupt"))]

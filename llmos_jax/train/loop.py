@@ -1,0 +1,315 @@
+"""THE training loop: one for every task, read from top to bottom like a recipe.
+
+Fixed order within a step: evaluate the old state, save it, fetch the batch, dispatch the step, read the metrics of the
+step before. The device is never waited for between log steps. It knows nothing of text, images or sound.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from llmos_jax.compute import devices, host, memory
+from llmos_jax.config import to_plain
+from llmos_jax.data.loader import Prefetcher
+from llmos_jax.errors import DeviceMemoryError, Preempted
+from llmos_jax.tasks.base import make_batch
+from llmos_jax.train import guard, optim
+from llmos_jax.train import state as states
+from llmos_jax.train.checkpoint import Checkpointer
+from llmos_jax.train.metrics import GoodputAccount, MetricsWriter, ProgressBar, ThroughputMeter
+from llmos_jax.train.preemption import Preemption
+from llmos_jax.train.settings import check_batch
+from llmos_jax.train.step import make_step
+
+CHECKPOINTS = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended: batches seen, the last evaluation, goodput share, seconds by category, throughput figures."""
+
+    step: int
+    evaluation: dict[str, float]
+    goodput: float
+    seconds: dict[str, float]
+    throughput: dict[str, float]
+
+
+@dataclasses.dataclass
+class _Run:
+    """What the phases of one run share."""
+
+    settings: Any
+    task: Any
+    placement: Any
+    directory: pathlib.Path
+    handle: Any
+    optimizer: Any
+    account: GoodputAccount
+    checkpointer: Checkpointer
+    preemption: Preemption
+    elapsed_before: float = 0.0
+    started: float = 0.0
+
+    def elapsed_seconds(self):
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    def clock(self):
+        limit = self.settings.train.max_seconds
+        return 0.0 if limit is None else min(1.0, self.elapsed_seconds() / limit)
+
+
+def train(
+    settings,
+    task,
+    placement,
+    directory,
+    *,
+    evaluate: Callable[..., dict[str, float]],
+    sample: Callable[..., list[dict]],
+    initial_params: Callable[[Any], Any] | None = None,
+    launched: float | None = None,
+) -> Result:
+    """Trains `task` as `settings` say, in run directory `directory`, from its newest good checkpoint if there is one.
+
+    Args:
+      settings: Settings. task: tasks.base.Task. placement: compute.sharding.Placement.
+      evaluate: `evaluate(handle)(params, poll) -> {metric: value}`. sample: `sample(handle)(params) -> [{"prompt", "text"}]`.
+      initial_params: `initial_params(abstract params) -> params`, instead of random ones (warm start).
+      launched: `time.time()` when the process was launched, to report the time to the first step.
+
+    Raises Preempted (state saved) on SIGTERM or Ctrl-C, TrainingDiverged, DeviceMemoryError, CheckpointError.
+    """
+    directory = pathlib.Path(directory)
+    check_batch(settings, placement)
+    handle = states.describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    optimizer = optim.make_optimizer(settings.optim, handle.infos)
+    account = GoodputAccount()
+    checkpointer = Checkpointer(directory / CHECKPOINTS, settings.checkpoint)
+    with Preemption() as preemption:
+        run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption)
+        try:
+            return _train(run, evaluate(handle), sample(handle), initial_params, launched)
+        except jax.errors.JaxRuntimeError as error:
+            if memory.is_out_of_memory(error):
+                parts = _parts(run)
+                limit = memory.device_limit_bytes(placement.mesh.devices.flat[0]) or 0
+                raise DeviceMemoryError(memory.explain(sum(parts.values()), parts, limit)) from error
+            raise
+        finally:
+            checkpointer.close()
+
+
+def _train(run, evaluate, sample, initial_params, launched):
+    settings, task, account, preemption = run.settings, run.task, run.account, run.preemption
+    config = settings.train
+
+    # ---- Compile before anything is allocated: a step that does not fit is refused with its reasons.
+    with account.spend("compile"):
+        compiled = _compile(run)
+
+    # ---- State: the newest checkpoint that verifies, else a warm start, else fresh.
+    with account.spend("restore"):
+        state, position = _restore_or_init(run, initial_params)
+    writer = MetricsWriter(run.directory, is_writer=jax.process_index() == 0, step=position)
+    meter = ThroughputMeter(
+        tokens_per_step=task.batch_size * task.tokens_per_row,
+        flops_per_token=task.flops_per_token,
+        peak_flops=devices.peak_flops(run.placement.mesh.devices.flat, _dtype_name(run)),
+    )
+    bar = ProgressBar(total=config.steps, start=position, max_seconds=config.max_seconds, elapsed=run.elapsed_before)
+    logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
+
+    evaluation, evaluated_at, pending, guarded = {}, None, [], guard.initial_guard()
+    batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
+    run.started = time.perf_counter()
+    profile = _Profile(config.profile_steps, run.directory)
+
+    def flush(entries, *, is_final=False):
+        """Reads the metrics of finished steps: the only place where the host waits for the device."""
+        if not entries:
+            return
+        for (step, _), values in zip(entries, jax.device_get([metrics for _, metrics in entries]), strict=True):
+            last_guard = values.pop("guard")
+            values = {name: float(value) for name, value in values.items()}
+            writer.write(step, values)
+        meter.update(entries[-1][0], time.perf_counter(), account.totals())
+        shown = values | meter.figures()
+        writer.write(entries[-1][0], meter.figures())
+        bar.update(entries[-1][0], shown | evaluation, run.elapsed_seconds())
+        guard.check(settings.optim, last_guard, states.leaf_names(run.handle.shapes))
+
+    def is_due(every):
+        return every is not None and position > 0 and position % every == 0
+
+    try:
+        while run.clock() < 1.0 and (config.steps is None or position < config.steps):
+            preemption.poll()
+
+            # ---- Evaluate the old state, then save it: what was measured is what is kept.
+            if is_due(config.evaluate_every_steps):
+                flush(pending)
+                pending = []
+                with account.spend("evaluate"):
+                    evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
+                writer.write(position, evaluation)
+                bar.message(position, evaluation)
+            if is_due(config.sample_every_steps):
+                with account.spend("sample"):
+                    writer.write_samples(position, sample(state.evaluated_params))
+            if run.checkpointer.should_save(position, time.monotonic()):
+                with account.spend("save_block"):
+                    _save(run, state, position)
+            run.checkpointer.poll()
+
+            # ---- Fetch the batch, dispatch the step; read the metrics of the steps before.
+            profile.before(position)
+            with account.spend("data_wait"):
+                batch = batches.get()
+            clock = jax.device_put(np.float32(run.clock()), run.placement.sharding())
+            with account.spend("step"), jax.transfer_guard("disallow"):
+                state, metrics = compiled(state, batch, clock)
+            position += 1
+            pending.append((position, metrics))
+            if launched is not None:
+                jax.block_until_ready(metrics)
+                logging.info("first step done %.1f s after launch", time.time() - launched)
+                writer.write(position, {"start/first_step_seconds": time.time() - launched})
+                launched = None
+            if len(pending) > config.log_every_steps:
+                with account.spend("step"):
+                    flush(pending[:-1])
+                pending = pending[-1:]
+            profile.after(position, state)
+
+        # ---- The end: last metrics, evaluation, samples, checkpoint.
+        with account.spend("step"):
+            flush(pending, is_final=True)
+            pending = []
+        if evaluated_at != position:
+            with account.spend("evaluate"):
+                evaluation = evaluate(state.evaluated_params, preemption.poll)
+            writer.write(position, evaluation)
+            bar.message(position, evaluation)
+        with account.spend("save_block"):
+            _save(run, state, position)
+            run.checkpointer.wait()
+        with account.spend("sample"):
+            writer.write_samples(position, sample(state.evaluated_params))
+    except Preempted:
+        flush(pending)
+        with account.spend("save_block"):
+            _save(run, state, position)
+            run.checkpointer.wait()
+        logging.info("saved step %d", position)
+        raise
+    finally:
+        batches.close()
+        bar.close()
+        profile.close()
+        writer.close()
+    return Result(position, evaluation, account.goodput(), account.totals(), meter.figures())
+
+
+def _compile(run):
+    """Returns the compiled step, having checked that it fits the device."""
+    settings, task, placement = run.settings, run.task, run.placement
+    step = make_step(
+        task.loss,
+        run.handle,
+        run.optimizer,
+        settings.optim,
+        seed=settings.seed,
+        steps=settings.train.steps,
+        microbatches=settings.train.microbatches,
+    )
+    abstract = _abstract(run)
+    batch = {
+        name: jax.ShapeDtypeStruct((task.batch_size, *field.shape), field.dtype, sharding=placement.sharding(*field.axes))
+        for name, field in task.fields.items()
+    }
+    clock = jax.ShapeDtypeStruct((), np.float32, sharding=placement.sharding())
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), placement.sharding())
+    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(abstract, batch, clock).compile()
+    memory.check_fit(compiled, _parts(run), memory.device_limit_bytes(placement.mesh.devices.flat[0]))
+    return compiled
+
+
+def _restore_or_init(run, initial_params):
+    """Returns (state, position): the newest verified checkpoint, or a start."""
+    abstract = _abstract(run)
+    restored = run.checkpointer.restore_latest_good(states.to_tree(abstract))
+    if restored is not None:
+        step, tree, metadata = restored
+        run.task.check_identity(metadata["data"])
+        run.elapsed_before = metadata["elapsed_seconds"]
+        run.account.merge(metadata["seconds"])
+        logging.info("restored step %d from %s", step, run.directory)
+        return states.from_tree(tree, abstract), metadata["position"]
+    state = states.init_state(
+        run.handle, run.optimizer, run.placement, run.settings.seed, with_ema=run.settings.optim.ema is not None
+    )
+    if initial_params is not None:
+        params = initial_params(abstract.params)
+        ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
+        state = dataclasses.replace(state, params=params, ema=ema)
+    return state, 0
+
+
+def _save(run, state, position):
+    if run.checkpointer.latest_step() == position:
+        return
+    metadata = {
+        "position": position,
+        "data": dict(run.task.identity),
+        "settings": to_plain(run.settings),
+        "elapsed_seconds": run.elapsed_seconds(),
+        "seconds": run.account.totals(),
+        "artifacts": dict(run.task.artifacts),
+    }
+    run.checkpointer.save(position, states.to_tree(state), metadata)
+
+
+def _abstract(run):
+    return states.abstract_state(run.handle, run.optimizer, run.placement, with_ema=run.settings.optim.ema is not None)
+
+
+def _parts(run):
+    abstract = _abstract(run)
+    groups = {"parameters": abstract.params, "optimizer": abstract.optimizer, "averaged weights": abstract.ema}
+    return {name: memory.bytes_per_device(tree) for name, tree in groups.items() if tree is not None}
+
+
+def _dtype_name(run):
+    return run.handle.merge(run.handle.shapes).dtype.name
+
+
+class _Profile:
+    """A profiler trace of a range of steps, written for TensorBoard's profile plugin and Perfetto."""
+
+    def __init__(self, steps, directory):
+        self.first, self.last = steps or (None, None)
+        self.directory, self.is_on = directory / "profile", False
+
+    def before(self, position):
+        if position + 1 == self.first:
+            jax.profiler.start_trace(self.directory)
+            self.is_on = True
+
+    def after(self, position, state):
+        if self.is_on and position >= self.last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self):
+        if self.is_on:
+            jax.profiler.stop_trace()
+            self.is_on = False
+            logging.info("profiler trace written to %s", self.directory)

@@ -1,0 +1,76 @@
+"""Layers against what jax differentiates by itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llmos_jax.models import layers
+
+
+def arrays(*shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def compare_gradients(function, reference, arguments, tolerance=2e-5):
+    ours, theirs = function(*arguments), reference(*arguments)
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+    cotangent = jax.random.normal(jax.random.key(9), ours.shape)
+    every = tuple(range(len(arguments)))
+    ours = jax.jit(jax.grad(lambda *a: (function(*a) * cotangent).sum(), every))(*arguments)
+    theirs = jax.grad(lambda *a: (reference(*a) * cotangent).sum(), every)(*arguments)
+    for mine, their in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine, their, rtol=tolerance, atol=tolerance * float(jnp.abs(their).max()))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "contracted", "formula"),
+    [
+        ((3, 5, 8), (8, 12), 1, "BLI,IO->BLO"),
+        ((3, 5, 12), (12, 4), 1, "BLI,IO->BLO"),
+        ((3, 5, 8), (8, 2, 3, 4), 1, "BLI,IHTK->BLHTK"),
+        ((3, 5, 2, 4), (2, 4, 6), 2, "BLHK,HKO->BLO"),
+    ],
+)
+def test_matmul(x, weight, contracted, formula):
+    compare_gradients(
+        lambda x, w: layers.matmul(x, w, contracted), lambda x, w: jnp.einsum(formula, x, w), arrays(x, weight)
+    )
+
+
+def test_matmul_keeps_weight_gradients_in_float32():
+    x, weight = arrays((4, 8), (8, 16))
+    gradient = jax.grad(lambda w: layers.matmul(x.astype(jnp.bfloat16), w).astype(jnp.float32).sum())(weight)
+    assert gradient.dtype == jnp.float32
+
+
+def test_layer_norm():
+    def reference(x, scale, bias):
+        centred = x - x.mean(-1, keepdims=True)
+        return centred / jnp.sqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5) * scale + bias
+
+    compare_gradients(lambda *a: layers.layer_norm(*a, 1e-5), reference, arrays((2, 7, 16), (16,), (16,)))
+
+
+def test_layer_norm_of_a_constant_row_is_finite():
+    out = layers.layer_norm(jnp.full((2, 8), 1e4), jnp.ones(8), jnp.zeros(8), 1e-5)
+    np.testing.assert_allclose(out, 0, atol=0.1)
+
+
+def test_gelu():
+    compare_gradients(layers.gelu, lambda x: jax.nn.gelu(x, approximate=True), [jnp.linspace(-6, 6, 101)])
+
+
+def test_dropout():
+    (x,) = arrays((200, 50))
+    out = layers.dropout(x, 0.25, jax.random.key(1))
+    kept = np.asarray(out != 0)
+    assert 0.73 < kept.mean() < 0.77
+    np.testing.assert_allclose(np.asarray(out)[kept], (np.asarray(x) / 0.75)[kept], rtol=1e-6)
+    assert layers.dropout(x, 0.25, None) is x
+
+
+def test_parameter_refuses_unmatched_axes():
+    with pytest.raises(ValueError, match="2 axes"):
+        layers.parameter(None, (3,), ("embed", "mlp"), None)

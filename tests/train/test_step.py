@@ -1,0 +1,261 @@
+"""The compiled step: accumulation, guard, meshes and averaging, each against its plain meaning."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.errors import ConfigError, TrainingDiverged
+from llmos_jax.models import gpt
+from llmos_jax.tasks import language
+from llmos_jax.train import guard, optim, state, step
+
+MODEL = gpt.Config(vocab_size=128, context=32, width=64, layers=2, heads=8, mlp=128)
+ROWS, LENGTH = 16, 32
+
+
+class Trainer:
+    """The smallest use of the step's parts."""
+
+    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20):
+        self.config = config or optim.OptimConfig(learning_rate=1e-2)
+        self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+        self.handle = state.describe_model(functools.partial(gpt.build, model, self.placement), self.placement)
+        optimizer = optim.make_optimizer(self.config, self.handle.infos)
+        with_ema = self.config.ema is not None
+        self.state = state.init_state(self.handle, optimizer, self.placement, 0, with_ema=with_ema)
+        function = step.make_step(
+            language.loss, self.handle, optimizer, self.config, seed=0, steps=steps, microbatches=microbatches
+        )
+        where = state.state_shardings(self.handle, optimizer, self.placement, with_ema=with_ema)
+        self.step = jax.jit(function, donate_argnums=0, out_shardings=(where, self.placement.sharding()))
+
+    def run(self, batches):
+        losses = []
+        for batch in batches:
+            placed = {k: jax.device_put(v, self.placement.sharding("batch")) for k, v in batch.items()}
+            self.state, self.metrics = self.step(self.state, placed, jnp.float32(0))
+            losses.append(float(self.metrics["train/loss"]))
+        return losses
+
+    def params(self):
+        return jax.tree.map(np.asarray, self.state.params)
+
+
+def make_batches(count, *, seed=0):
+    rng = np.random.default_rng(seed)
+    batches = []
+    for _ in range(count):
+        tokens = rng.integers(0, 128, (ROWS, LENGTH + 1)).astype(np.int32)
+        segments = 1 + (np.arange(LENGTH) > rng.integers(5, 25, (ROWS, 1))).astype(np.int32)
+        weights = (rng.random((ROWS, LENGTH)) < 0.9).astype(np.float32)
+        positions = np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1))
+        batches.append(
+            {
+                "tokens": tokens[:, :-1],
+                "targets": tokens[:, 1:],
+                "segments": segments,
+                "positions": positions,
+                "weights": weights,
+                "target_bytes": np.full((ROWS,), LENGTH, np.int32),
+            }
+        )
+    return batches
+
+
+def assert_equal(a, b):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def assert_close(a, b, tolerance):
+    def close(x, y):
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
+
+    jax.tree.map(close, a, b)
+
+
+@pytest.mark.parametrize("microbatches", [2, 4])
+def test_accumulation_equals_the_large_batch(microbatches):
+    # Compared through sgd-like gradients: Adam's division would magnify rounding in near-zero gradients.
+    whole, pieces = Trainer(), Trainer()
+    batch = {k: jnp.asarray(v) for k, v in make_batches(1)[0].items()}
+
+    def loss_of(params, batch, key):
+        total, weight, sums = language.loss(whole.handle.merge(params), batch, key)
+        return total, (weight, sums)
+
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
+    key = jax.random.key(0)
+    large = jax.jit(lambda p, b: step.accumulate(gradient, p, b, key, 1))(whole.state.params, batch)
+    small = jax.jit(lambda p, b: step.accumulate(gradient, p, b, key, microbatches))(pieces.state.params, batch)
+    assert_close(small, large, 1e-6)
+
+
+def test_accumulated_training_follows_the_large_batch():
+    batches = make_batches(5)
+    np.testing.assert_allclose(Trainer(microbatches=4).run(batches), Trainer().run(batches), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        dict(data=8),
+        dict(data=1, model=8),
+        dict(data=4, model=2),
+        dict(data=8, parameters="fsdp"),
+        dict(data=4, model=2, parameters="fsdp"),
+    ],
+    ids=str,
+)
+def test_mesh_shapes_give_the_same_numbers(mesh):
+    batches = make_batches(10)
+    single, sharded = Trainer(), Trainer(mesh=MeshConfig(**mesh))
+    np.testing.assert_allclose(sharded.run(batches), single.run(batches), rtol=1e-5)
+    assert_close(sharded.params(), single.params(), 2e-4)  # ten Adam steps at 1e-2 magnify the last bits
+    placed = sharded.state.params["stack"]["blocks"]["up"]["weight"]
+    shards = placed.size // placed.addressable_shards[0].data.size
+    expected = mesh.get("model", 1) * (mesh["data"] if mesh.get("parameters") == "fsdp" else 1)
+    assert shards == expected
+    moment = jax.tree_util.tree_leaves_with_path(sharded.state.optimizer)
+    sizes = {leaf.sharding for path, leaf in moment if state.leaf_name(path).endswith("mu/stack/blocks/up/weight")}
+    assert sizes == {placed.sharding}
+
+
+def test_scan_unroll_and_remat_are_the_same():
+    batches = make_batches(3)
+    expected = Trainer().run(batches)
+    for choices in [dict(execution="scan"), dict(remat="full"), dict(remat="matmuls"), dict(remat="projections")]:
+        model = gpt.Config(**{f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__} | choices)
+        np.testing.assert_allclose(Trainer(model=model).run(batches), expected, rtol=1e-6)
+
+
+def poison(batch, value):
+    """A batch whose loss weight makes loss and gradients NaN, infinite or huge."""
+    return batch | {"weights": batch["weights"] * np.float32(value)}
+
+
+def test_bad_batches_leave_no_trace():
+    """Row N1: NaN and infinite batches are skipped, bitwise as if never seen."""
+    batches = make_batches(8)
+    spoiled = list(batches)
+    spoiled.insert(3, poison(batches[0], np.nan))
+    spoiled.insert(6, poison(batches[1], np.inf))
+    config = optim.OptimConfig(learning_rate=1e-2, ema=0.9)
+    clean, guarded = Trainer(config=config), Trainer(config=config)
+    clean.run(batches)
+    guarded.run(spoiled)
+    assert_equal(guarded.params(), clean.params())
+    assert_equal(guarded.state.ema, clean.state.ema)
+    assert_equal(jax.tree.leaves(guarded.state.optimizer), jax.tree.leaves(clean.state.optimizer))
+    assert int(guarded.state.step) == 8 and int(guarded.state.guard["skipped"]) == 2
+    assert int(guarded.state.guard["bad_batch"]) == 6 and int(guarded.state.guard["seen"]) == 10
+
+
+def test_spikes_are_skipped_once_the_mean_is_trusted():
+    """Row N1: a gradient 1e4 times its running mean. The loss is scaled inside, so that weights don't divide it away."""
+    config = optim.OptimConfig(learning_rate=1e-3, spike_warmup_steps=4, spike_factor=10.0)
+    norms = [1.0, 1.2, 0.9, 1.1, 1.0, 1e4, 1.0]
+    values, applied, verdicts = guard.initial_guard(), 0, []
+    for norm in norms:
+        is_good, _, values = guard.judge(config, values, applied, jnp.float32(1), [jnp.float32(norm**2)])
+        applied += int(is_good)
+        verdicts.append(bool(is_good))
+    assert verdicts == [True] * 5 + [False, True]
+    assert 0.9 < float(values["norm_mean"]) < 1.2
+
+
+def test_all_bad_batches_stop_with_the_first_bad_leaf():
+    """Row N2: the host check names the batch and the leaf."""
+    config = optim.OptimConfig(max_skipped=3)
+    trainer = Trainer(config=config)
+    names = [state.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(trainer.handle.shapes)]
+    trainer.run([poison(batch, np.nan) for batch in make_batches(2)])
+    guard.check(config, jax.device_get(trainer.state.guard), names)
+    trainer.run([poison(batch, np.nan) for batch in make_batches(1)])
+    with pytest.raises(TrainingDiverged, match=r"3 steps in a row.*batch 2.*embedding"):
+        guard.check(config, jax.device_get(trainer.state.guard), names)
+    assert TrainingDiverged.exit_code == 65
+
+
+def test_averaged_weights():
+    trainer = Trainer(config=optim.OptimConfig(learning_rate=1e-2, ema=0.5))
+    average = trainer.params()
+    for batch in make_batches(3):
+        trainer.run([batch])
+        average = jax.tree.map(lambda old, new: old + 0.5 * (new - old), average, trainer.params())
+    assert_close(trainer.state.ema, average, 1e-6)
+
+
+def test_clipping_and_adamw_follow_optax():
+    batches = make_batches(3)
+    config = optim.OptimConfig(learning_rate=1e-3, schedule="constant", warmup=0.0, clip_norm=0.5, spike_factor=None)
+    trainer, plain = Trainer(config=config), Trainer(config=config)
+    decayed = jax.tree.map(lambda info: info.kind != "vector", plain.handle.infos)
+    reference = optax.chain(
+        optax.clip_by_global_norm(0.5), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed)
+    )
+    params = plain.state.params
+    moments = reference.init(params)
+    for batch in batches:
+
+        def mean_loss(params, batch=batch):
+            total, weight, _ = language.loss(plain.handle.merge(params), jax.tree.map(jnp.asarray, batch), None)
+            return total / weight
+
+        updates, moments = reference.update(jax.grad(mean_loss)(params), moments, params)
+        params = optax.apply_updates(params, updates)
+    trainer.run(batches)
+    assert_close(trainer.params(), jax.tree.map(np.asarray, params), 1e-4)
+
+
+def test_dropout_changes_with_step_and_seed_only():
+    model = gpt.Config(**{f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__} | dict(dropout=0.2))
+    batches = make_batches(3)
+    first, second, without = Trainer(model=model), Trainer(model=model), Trainer()
+    losses = first.run(batches)
+    assert losses == second.run(batches)
+    assert losses != without.run(batches)
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
+def test_every_optimizer_learns(name):
+    batch = make_batches(1)[0]
+    rate = {"lion": 1e-3, "adafactor": 1e-2}.get(name, 3e-3)
+    trainer = Trainer(config=optim.OptimConfig(name=name, learning_rate=rate, schedule="constant", warmup=0.0))
+    losses = trainer.run([batch] * 15)
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_muon_orthogonalises_the_matrices():
+    trainer = Trainer(config=optim.OptimConfig(name="muon", learning_rate=1.0, weight_decay=0.0, schedule="constant", warmup=0.0))
+    before = trainer.params()["stack"]["blocks"]["up"]["weight"]
+    trainer.run(make_batches(1))
+    update = trainer.params()["stack"]["blocks"]["up"]["weight"] - before
+    for layer in update:
+        values = np.linalg.svd(layer, compute_uv=False)
+        assert values.max() / values.min() < 4  # Newton-Schulz brings every singular value near one
+    rms = np.sqrt(np.square(update).mean())
+    assert 0.1 < rms < 0.3  # AdamW's, so that learning rates carry over
+
+
+def test_model_that_does_not_divide_is_refused():
+    model = gpt.Config(vocab_size=128, context=32, width=48, layers=2, heads=6)
+    with pytest.raises(ConfigError, match="model.heads=6 is not divisible by mesh.model=8"):
+        Trainer(model=model, mesh=MeshConfig(data=1, model=8))
+    model = gpt.Config(vocab_size=100, context=32, width=64, layers=2, heads=8)
+    with pytest.raises(ConfigError, match="embedding.*vocab.*100.*8 shards"):
+        Trainer(model=model, mesh=MeshConfig(data=1, model=8))
+    with pytest.raises(ConfigError, match="width=50 is not divisible by model.heads=4"):
+        gpt.Config(width=50, heads=4)
+
+
+def test_no_parameter_is_ever_whole_on_one_device():
+    trainer = Trainer(mesh=MeshConfig(data=8, parameters="fsdp"))
+    compiled = jax.jit(trainer.handle.init, out_shardings=trainer.handle.shardings).lower(jax.random.key(0)).compile()
+    whole = 2 * 64 * 128 * 4  # bytes of one stacked MLP matrix
+    assert compiled.memory_analysis().temp_size_in_bytes < whole
