@@ -1,5 +1,6 @@
 """The compiled step: accumulation, guard, meshes and averaging, each against its plain meaning."""
 
+import dataclasses
 import functools
 
 import jax
@@ -23,7 +24,8 @@ class Trainer:
     """The smallest use of the step's parts."""
 
     def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20):
-        self.config = config or optim.OptimConfig(learning_rate=1e-2)
+        # A large epsilon: some gradients are zero but for rounding (biases of keys), and Adam would blow those up.
+        self.config = config or optim.OptimConfig(learning_rate=1e-2, epsilon=1e-4)
         self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
         self.handle = state.describe_model(functools.partial(gpt.build, model, self.placement), self.placement)
         optimizer = optim.make_optimizer(self.config, self.handle.infos)
@@ -96,9 +98,16 @@ def test_accumulation_equals_the_large_batch(microbatches):
     assert_close(small, large, 1e-6)
 
 
-def test_accumulated_training_follows_the_large_batch():
-    batches = make_batches(5)
-    np.testing.assert_allclose(Trainer(microbatches=4).run(batches), Trainer().run(batches), rtol=1e-6)
+def test_accumulated_training_follows_the_large_batch(single):
+    losses, _ = single
+    np.testing.assert_allclose(Trainer(microbatches=4).run(make_batches(10)), losses, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Ten steps on one device: losses and final parameters."""
+    trainer = Trainer()
+    return trainer.run(make_batches(10)), trainer.params()
 
 
 @pytest.mark.parametrize(
@@ -112,11 +121,11 @@ def test_accumulated_training_follows_the_large_batch():
     ],
     ids=str,
 )
-def test_mesh_shapes_give_the_same_numbers(mesh):
-    batches = make_batches(10)
-    single, sharded = Trainer(), Trainer(mesh=MeshConfig(**mesh))
-    np.testing.assert_allclose(sharded.run(batches), single.run(batches), rtol=1e-5)
-    assert_close(sharded.params(), single.params(), 2e-4)  # ten Adam steps at 1e-2 magnify the last bits
+def test_mesh_shapes_give_the_same_numbers(mesh, single):
+    sharded = Trainer(mesh=MeshConfig(**mesh))
+    losses, params = single
+    np.testing.assert_allclose(sharded.run(make_batches(10)), losses, rtol=1e-5)
+    assert_close(sharded.params(), params, 1e-5)
     placed = sharded.state.params["stack"]["blocks"]["up"]["weight"]
     shards = placed.size // placed.addressable_shards[0].data.size
     expected = mesh.get("model", 1) * (mesh["data"] if mesh.get("parameters") == "fsdp" else 1)
@@ -126,12 +135,11 @@ def test_mesh_shapes_give_the_same_numbers(mesh):
     assert sizes == {placed.sharding}
 
 
-def test_scan_unroll_and_remat_are_the_same():
-    batches = make_batches(3)
-    expected = Trainer().run(batches)
-    for choices in [dict(execution="scan"), dict(remat="full"), dict(remat="matmuls"), dict(remat="projections")]:
-        model = gpt.Config(**{f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__} | choices)
-        np.testing.assert_allclose(Trainer(model=model).run(batches), expected, rtol=1e-6)
+@pytest.mark.parametrize("choices", [dict(execution="scan"), dict(remat="full"), dict(remat="matmuls")], ids=str)
+def test_scan_and_remat_are_the_same(choices, single):
+    losses, _ = single
+    trainer = Trainer(model=dataclasses.replace(MODEL, **choices))
+    np.testing.assert_allclose(trainer.run(make_batches(10)[:3]), losses[:3], rtol=1e-6)
 
 
 def poison(batch, value):
@@ -193,33 +201,37 @@ def test_averaged_weights():
 
 def test_clipping_and_adamw_follow_optax():
     batches = make_batches(3)
-    config = optim.OptimConfig(learning_rate=1e-3, schedule="constant", warmup=0.0, clip_norm=0.5, spike_factor=None)
+    config = optim.OptimConfig(learning_rate=1e-3, schedule="constant", warmup=0.0, clip_norm=0.5, epsilon=1e-4)
     trainer, plain = Trainer(config=config), Trainer(config=config)
     decayed = jax.tree.map(lambda info: info.kind != "vector", plain.handle.infos)
     reference = optax.chain(
-        optax.clip_by_global_norm(0.5), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=0.1, mask=decayed)
+        optax.clip_by_global_norm(0.5), optax.adamw(1e-3, b1=0.9, b2=0.95, eps=1e-4, weight_decay=0.1, mask=decayed)
     )
     params = plain.state.params
     moments = reference.init(params)
-    for batch in batches:
 
-        def mean_loss(params, batch=batch):
-            total, weight, _ = language.loss(plain.handle.merge(params), jax.tree.map(jnp.asarray, batch), None)
+    @jax.jit
+    def mean_gradient(params, batch):
+        def mean_loss(params):
+            total, weight, _ = language.loss(plain.handle.merge(params), batch, None)
             return total / weight
 
-        updates, moments = reference.update(jax.grad(mean_loss)(params), moments, params)
+        return jax.grad(mean_loss)(params)
+
+    for batch in batches:
+        updates, moments = reference.update(mean_gradient(params, batch), moments, params)
         params = optax.apply_updates(params, updates)
     trainer.run(batches)
-    assert_close(trainer.params(), jax.tree.map(np.asarray, params), 1e-4)
+    assert_close(trainer.params(), jax.tree.map(np.asarray, params), 1e-5)
 
 
 def test_dropout_changes_with_step_and_seed_only():
-    model = gpt.Config(**{f: getattr(MODEL, f) for f in MODEL.__dataclass_fields__} | dict(dropout=0.2))
-    batches = make_batches(3)
-    first, second, without = Trainer(model=model), Trainer(model=model), Trainer()
-    losses = first.run(batches)
-    assert losses == second.run(batches)
-    assert losses != without.run(batches)
+    first, second = (Trainer(model=dataclasses.replace(MODEL, dropout=0.2)) for _ in range(2))
+    batch = make_batches(1)[0]
+    losses = first.run([batch] * 2)
+    assert losses == second.run([batch] * 2)
+    second.state = dataclasses.replace(second.state, step=jnp.int32(7))
+    assert second.run([batch]) != first.run([batch])
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "adafactor", "muon"])
@@ -237,8 +249,9 @@ def test_muon_orthogonalises_the_matrices():
     trainer.run(make_batches(1))
     update = trainer.params()["stack"]["blocks"]["up"]["weight"] - before
     for layer in update:
-        values = np.linalg.svd(layer, compute_uv=False)
-        assert values.max() / values.min() < 4  # Newton-Schulz brings every singular value near one
+        # Newton-Schulz brings every singular value near one; the last is zero: normalised inputs have mean zero.
+        values = np.linalg.svd(layer, compute_uv=False)[:-1]
+        assert values.max() / values.min() < 4
     rms = np.sqrt(np.square(update).mean())
     assert 0.1 < rms < 0.3  # AdamW's, so that learning rates carry over
 
@@ -255,7 +268,11 @@ def test_model_that_does_not_divide_is_refused():
 
 
 def test_no_parameter_is_ever_whole_on_one_device():
-    trainer = Trainer(mesh=MeshConfig(data=8, parameters="fsdp"))
-    compiled = jax.jit(trainer.handle.init, out_shardings=trainer.handle.shardings).lower(jax.random.key(0)).compile()
-    whole = 2 * 64 * 128 * 4  # bytes of one stacked MLP matrix
-    assert compiled.memory_analysis().temp_size_in_bytes < whole
+    model = dataclasses.replace(MODEL, width=256, mlp=1024)
+    placement = make_placement(MeshConfig(data=8, parameters="fsdp"))
+    handle = state.describe_model(functools.partial(gpt.build, model, placement), placement)
+    compiled = jax.jit(handle.init, out_shardings=handle.shardings).lower(jax.random.key(0)).compile()
+    largest = max(leaf.size * 4 for leaf in jax.tree.leaves(handle.shapes))
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(handle.shapes))
+    assert compiled.memory_analysis().temp_size_in_bytes < largest
+    assert compiled.memory_analysis().output_size_in_bytes < 1.05 * total / 8
