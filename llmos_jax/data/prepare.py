@@ -1,0 +1,249 @@
+"""From sources to records, once: read, split, train the tokenizer, tokenise, pack, write; cached by content."""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import time
+
+import numpy as np
+
+from llmos_jax.compute import host
+from llmos_jax.config import fingerprint, setting
+from llmos_jax.data import sources as sources_lib
+from llmos_jax.data.sources import SourceConfig
+from llmos_jax.data.store import FORMAT, SPLITS, Store, is_store, write_store
+from llmos_jax.data.text import Packer
+from llmos_jax.data.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
+
+# BPE merges converge long before this; more text only costs time.
+_TOKENIZER_SAMPLE_CHARACTERS = 16_000_000
+_ENCODE_BATCH_CHARACTERS = 4_000_000
+TOKENIZER_FILE = "tokenizer.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Sources, tokenizer and shape of the records."""
+
+    sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
+    tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE (trained on the sources), or a tokenizer.json")
+    length: int = setting(256, help="tokens of a record", at_least=2)
+    validation_fraction: float = setting(0.1, help="share of files (of one text file: its end) for validation", above=0, below=1)
+    cache_dir: str | None = setting(None, help="where prepared records are kept; none: $LLMOS_CACHE or ~/.cache/llmos")
+    on_corrupt: str = setting("error", help="damaged records: stop, or skip as padding", choices=("error", "skip"))
+    max_corrupt: int = setting(100, help="damaged records that may be skipped", at_least=0)
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ConfigError("data.sources is empty: name at least one.")
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedData:
+    """Stores with their weights, the tokenizer they share, and the validation text as the yardstick sees it."""
+
+    stores: tuple[tuple[Store, float], ...]
+    tokenizer: object
+
+    @property
+    def validation_bytes(self):
+        """Raw bytes of validation text."""
+        return sum(store.manifest["validation_bytes"] for store, _ in self.stores)
+
+    @property
+    def validation_gzip_bytes(self):
+        """The same text compressed by gzip -9."""
+        return sum(store.manifest["validation_gzip_bytes"] for store, _ in self.stores)
+
+
+def prepare(config, *, log=print):
+    """Returns the PreparedData of a DataConfig; what was prepared before from the same content is only opened.
+
+    A source that is already a prepared folder is used as it is; DataIdentityMismatch when its tokenizer or length is
+    not the one that is asked for. Raises ConfigError and DataError as `sources` does.
+    """
+    options = {"on_corrupt": config.on_corrupt, "max_corrupt": config.max_corrupt}
+    folders = [_folder(source) for source in config.sources]
+    raw = [source for source, folder in zip(config.sources, folders, strict=True) if folder is None]
+    prepared = [folder for folder in folders if folder is not None]
+    tokenizer = _shared_tokenizer(config, prepared) if prepared else None
+    cache = pathlib.Path(config.cache_dir) if config.cache_dir else host.cache_directory("data")
+    cache.mkdir(parents=True, exist_ok=True)
+    inputs = [_Input(source, cache) for source in raw]
+    if tokenizer is None:
+        tokenizer = _tokenizer(config, inputs, cache, log)
+    made = iter([_prepare_one(config, item, tokenizer, cache, log) for item in inputs])
+    stores = [Store(folder if folder is not None else next(made), **options) for folder in folders]
+    for store in stores:
+        _check(config, store, tokenizer)
+    weights = [source.weight for source in config.sources]
+    return PreparedData(tuple(zip(stores, weights, strict=True)), tokenizer)
+
+
+class _Input:
+    """A raw source with its files and the hash of their content (remembered by path, size and time)."""
+
+    def __init__(self, source, cache):
+        self.source = source
+        self.files = [] if source.path.startswith("tfds:") else sources_lib.list_files(source)
+        self.content = self._tfds_content() if not self.files else self._file_content(cache)
+
+    def split_of(self, document, fraction):
+        digest = hashlib.sha256(document.key.encode()).digest()
+        return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
+
+    def documents(self, fraction, log):
+        """Yields (split, text): by document, or for one text file by position (its end is validation)."""
+        if sources_lib.is_single_text(self.source, self.files):
+            (document,) = sources_lib.read_documents(self.source, self.files, log)
+            cut = len(document.text) - max(1, round(len(document.text) * fraction))
+            yield "train", document.text[:cut]
+            yield "validation", document.text[cut:]
+            return
+        held, seen = None, set()
+        for document in sources_lib.read_documents(self.source, self.files, log):
+            split = self.split_of(document, fraction)
+            if held is None and not seen and split == "train":
+                held = document  # decided last: a split that stayed empty gets it
+                continue
+            seen.add(split)
+            yield split, document.text
+        if held is not None:
+            yield "train" if "train" not in seen else "validation" if "validation" not in seen else "train", held.text
+
+    def _tfds_content(self):
+        import tensorflow_datasets as tfds
+
+        try:
+            info = tfds.builder(self.source.path.removeprefix("tfds:")).info
+        except (tfds.core.DatasetNotFoundError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{self.source.path} is no TFDS dataset that is prepared here: {reason}") from None
+        return fingerprint([info.full_name, info.dataset_size, {k: v.num_examples for k, v in info.splits.items()}])
+
+    def _file_content(self, cache):
+        stamps = [[str(f), s.st_size, s.st_mtime_ns] for f in self.files for s in [f.stat()]]
+        note = cache / "hashes" / f"{fingerprint(stamps)}.txt"
+        if note.is_file():
+            return note.read_text()
+        content = sources_lib.content_hash(self.source, self.files)
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(content)
+        return content
+
+
+def _folder(source):
+    path = pathlib.Path(source.path).expanduser()
+    return path if is_store(path) else None
+
+
+def _shared_tokenizer(config, folders):
+    tokenizer = load_tokenizer(folders[0] / TOKENIZER_FILE)
+    if config.tokenizer == "byte" and tokenizer.name != "byte":
+        raise DataIdentityMismatch(f"data.tokenizer=byte, but {folders[0]} was prepared with {tokenizer.name}.")
+    if config.tokenizer.endswith(".json"):
+        asked = load_tokenizer(config.tokenizer)
+        if asked.fingerprint != tokenizer.fingerprint:
+            raise DataIdentityMismatch(f"data.tokenizer={config.tokenizer} is not the tokenizer that {folders[0]} was prepared with.")
+    return tokenizer
+
+
+def _tokenizer(config, inputs, cache, log):
+    """Returns the tokenizer of the run: made once per content and setting."""
+    if not config.tokenizer.startswith("bpe:"):
+        return make_tokenizer(config.tokenizer, ())
+    key = fingerprint([[i.content for i in inputs], config.tokenizer, config.validation_fraction, FORMAT])
+    file = cache / f"tokenizer-{key}.json"
+    if file.is_file():
+        return load_tokenizer(file)
+    start = time.perf_counter()
+    tokenizer = make_tokenizer(config.tokenizer, _tokenizer_texts(config, inputs, log))
+    temporary = file.with_suffix(f".{os.getpid()}")
+    save_tokenizer(tokenizer, temporary)
+    temporary.replace(file)
+    log(f"tokenizer {config.tokenizer} trained in {time.perf_counter() - start:.1f} s")
+    return tokenizer
+
+
+def _tokenizer_texts(config, inputs, log):
+    budget = _TOKENIZER_SAMPLE_CHARACTERS // len(inputs)
+    for item in inputs:
+        used = 0
+        for split, text in item.documents(config.validation_fraction, log=lambda line: None):
+            if split == "train" and used < budget:
+                used += len(text)
+                yield text
+
+
+def _prepare_one(config, item, tokenizer, cache, log):
+    """Returns the folder of one raw source's records, writing it if it is not there."""
+    key = fingerprint([item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT])
+    folder = cache / f"records-{key}"
+    if is_store(folder):
+        return folder
+    start = time.perf_counter()
+    texts = {split: [] for split in SPLITS}
+    for split, text in item.documents(config.validation_fraction, log):
+        texts[split].append(text)
+    for split in SPLITS:
+        if not any(texts[split]):
+            raise DataError(f"data source {item.source.path} is too small: nothing is left for {split}.")
+    validation = "".join(texts["validation"]).encode()
+    manifest = {
+        "content": item.content,
+        "source": item.source.path,
+        "tokenizer": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "validation_fraction": config.validation_fraction,
+        "documents": {split: len(texts[split]) for split in SPLITS},
+        "train_bytes": sum(len(text.encode()) for text in texts["train"]),
+        "validation_bytes": len(validation),
+        "validation_gzip_bytes": len(gzip.compress(validation, 9)),
+    }
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
+    splits = {split: _records(texts[split], tokenizer, config.length, dtype) for split in SPLITS}
+    files = {TOKENIZER_FILE: json.dumps(tokenizer.to_json())}
+    write_store(folder, splits, length=config.length, dtype=dtype, manifest=manifest, files=files)
+    log(
+        f"{item.source.path}: {manifest['documents']['train']} training documents ({manifest['train_bytes'] / 1e6:.1f} MB), "
+        f"{manifest['documents']['validation']} for validation ({len(validation) / 1e6:.1f} MB), prepared in "
+        f"{time.perf_counter() - start:.1f} s into {folder}"
+    )
+    return folder
+
+
+def _records(texts, tokenizer, length, dtype):
+    packer = Packer(length, tokenizer.end_id, tokenizer.token_byte_lengths, dtype)
+    for batch in _batches(texts):
+        for tokens in tokenizer.encode_batch(batch):
+            yield from packer.add(tokens)
+    yield from packer.finish()
+
+
+def _batches(texts):
+    batch, size = [], 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= _ENCODE_BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _check(config, store, tokenizer):
+    identity = store.identity
+    for name, asked, there in (
+        ("tokenizer", tokenizer.fingerprint, identity["tokenizer"]),
+        ("vocabulary size", tokenizer.vocab_size, identity["vocab_size"]),
+        ("data.length", config.length, identity["length"]),
+    ):
+        if asked != there:
+            raise DataIdentityMismatch(
+                f"{store.directory} was prepared with {name} {there}, and {asked} is asked for: change the setting or prepare it anew."
+            )

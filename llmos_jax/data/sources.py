@@ -1,0 +1,210 @@
+"""Documents from where text lies: the standard library, text, jsonl, parquet, folders of these, TFDS datasets."""
+
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import io
+import json
+import pathlib
+import sysconfig
+
+from llmos_jax.config import setting
+from llmos_jax.errors import ConfigError, DataError
+
+_JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
+_PARQUET = (".parquet",)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceConfig:
+    """One source of text."""
+
+    path: str = setting("stdlib", help="stdlib, a file or folder (text, jsonl, parquet), tfds:NAME, or prepared records")
+    weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
+    text_key: str = setting("text", help="field that holds the text in jsonl, parquet and TFDS")
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One document: its text, and a key that names it and decides its split."""
+
+    key: str
+    text: str
+
+
+def list_files(source):
+    """Returns the files of a source in a fixed order; ConfigError names a path that does not exist."""
+    if source.path == "stdlib":
+        root = pathlib.Path(sysconfig.get_path("stdlib"))
+        skipped = ("site-packages", "__pycache__", "dist-packages")
+        return [file for file in sorted(root.rglob("*.py")) if not any(part in skipped for part in file.parts)]
+    path = pathlib.Path(source.path).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        if not files:
+            raise DataError(f"data source {source.path} is an empty folder.")
+        return files
+    parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
+    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ConfigError(f"data source {source.path!r} does not exist{hint}")
+
+
+def root_of(source):
+    """Returns the folder that document keys are relative to."""
+    if source.path == "stdlib":
+        return pathlib.Path(sysconfig.get_path("stdlib"))
+    path = pathlib.Path(source.path).expanduser()
+    return path if path.is_dir() else path.parent
+
+
+def is_single_text(source, files):
+    """Whether a source is one text file: it is then split by position, not by document."""
+    return len(files) == 1 and _kind(files[0]) == "text" and not source.path.startswith("tfds:")
+
+
+def read_documents(source, files, log=print):
+    """Yields the Documents of a source, in a fixed order and one file at a time.
+
+    In a folder, files that are empty, binary, unreadable or undecodable are counted, named and left out; DataError when
+    nothing is left, or when the only file that was asked for is bad.
+    """
+    if source.path.startswith("tfds:"):
+        yield from _read_tfds(source)
+        return
+    root, left_out, yielded = root_of(source), [], False
+    for file in files:
+        try:
+            for key, text in _read_file(file, source.text_key):
+                yielded = True
+                yield Document(f"{file.relative_to(root)}{key}", text)
+        except DataError as error:
+            if len(files) == 1:
+                raise
+            left_out.append(str(error))
+    if left_out:
+        log(f"{source.path}: left out {len(left_out)} of {len(files)} files:")
+        for line in left_out[:10]:
+            log(f"  {line}")
+        if len(left_out) > 10:
+            log(f"  ... and {len(left_out) - 10} more")
+    if not yielded:
+        raise DataError(f"data source {source.path}: none of its {len(files)} files holds text.")
+
+
+def content_hash(source, files):
+    """Returns a hash of the bytes of a source's files and their names below its root, 64 hex digits."""
+    total, root = hashlib.sha256(), root_of(source)
+    for file in files:
+        total.update(str(file.relative_to(root)).encode() + b"\0")
+        try:
+            with open(file, "rb") as stream:
+                total.update(hashlib.file_digest(stream, "sha256").digest())
+        except OSError as error:
+            total.update(f"unreadable {error.errno}".encode())
+    return total.hexdigest()
+
+
+def _kind(file):
+    name = file.name.lower()
+    return "jsonl" if name.endswith(_JSONL) else "parquet" if name.endswith(_PARQUET) else "text"
+
+
+def _read_file(file, text_key):
+    reader = {"jsonl": _read_jsonl, "parquet": _read_parquet, "text": _read_text}[_kind(file)]
+    try:
+        if file.stat().st_size == 0:
+            raise DataError(f"{file} is empty.")
+        yield from reader(file, text_key)
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {error.strerror or error}.") from None
+
+
+def _read_text(file, text_key):
+    data = file.read_bytes()
+    if b"\0" in data[:65536]:
+        raise DataError(f"{file} is binary, not text.")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file} is not UTF-8 (byte {error.start}): convert it.") from None
+    if not text.strip():
+        raise DataError(f"{file} is empty.")
+    yield "", text
+
+
+def _read_jsonl(file, text_key):
+    found = False
+    with _open(file) as stream:
+        try:
+            for number, line in enumerate(stream, 1):
+                if not line.strip():
+                    continue
+                yield f":{number}", _field(json.loads(line), text_key, f"{file}, line {number}")
+                found = True
+        except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
+            raise DataError(f"{file} is damaged near line {number + 1 if found else 1}: {error}.") from None
+    if not found:
+        raise DataError(f"{file} is empty.")
+
+
+def _open(file):
+    if file.name.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8")
+    if file.name.endswith(".zst"):
+        zstandard = _extra("zstandard", file)
+        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(file, "rb")), encoding="utf-8")
+    return open(file, encoding="utf-8")
+
+
+def _read_parquet(file, text_key):
+    _extra("pyarrow", file)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise DataError(f"{file} is not a parquet file: {error}.") from None
+    if text_key not in table.schema_arrow.names:
+        raise DataError(f"{file} has no column {text_key!r} (text_key); it has {', '.join(table.schema_arrow.names)}.")
+    row = 0
+    for batch in table.iter_batches(columns=[text_key]):
+        for text in batch.column(0).to_pylist():
+            yield f":{row}", _field({text_key: text}, text_key, f"{file}, row {row}")
+            row += 1
+
+
+def _field(record, text_key, where):
+    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+        known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where} has no text in {text_key!r} (text_key); it has {known}.")
+    return record[text_key]
+
+
+def _extra(module, file):
+    try:
+        return __import__(module)
+    except ImportError:
+        raise ConfigError(f"{file} needs {module}: pip install 'llmos-jax[data]'.") from None
+
+
+def _read_tfds(source):
+    import tensorflow_datasets as tfds
+
+    name = source.path.removeprefix("tfds:")
+    try:
+        data = tfds.builder(name).as_data_source(split="train")
+    except (tfds.core.DatasetNotFoundError, FileNotFoundError, AssertionError, ValueError, NotImplementedError) as error:
+        where = tfds.core.constants.DATA_DIR
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"{source.path} is not prepared in {where} ({reason}): prepare it there as array_record.") from None
+    for index in range(len(data)):
+        record = data[index]
+        text = record.get(source.text_key)
+        if isinstance(text, bytes):
+            text = text.decode("utf-8")
+        yield Document(f"{name}:{index}", _field({source.text_key: text}, source.text_key, f"{source.path}, record {index}"))

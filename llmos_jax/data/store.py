@@ -1,0 +1,182 @@
+"""Training records on disk: a TFDS dataset in ArrayRecord files with a manifest of what they were made from."""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import threading
+
+import numpy as np
+
+from llmos_jax.errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+SPLITS = ("train", "validation")
+
+
+def write_store(directory, splits, *, length, dtype, manifest, files):
+    """Writes `splits` ({name: iterator of records}) as a TFDS dataset with its manifest, all or nothing.
+
+    Records are dicts of tokens [length + 1], segments [length + 1] and target_bytes (see `text.Packer`). The manifest
+    gains the files of each split with their sizes and record counts; `files` ({name: text}) are laid beside it. A process that dies leaves only a temporary folder.
+    """
+    import tensorflow_datasets as tfds
+
+    class TokenRecords(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        """Packed token records of fixed length."""
+
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            shape = (length + 1,)
+            features = tfds.features.FeaturesDict(
+                {
+                    "tokens": tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes"),
+                    "segments": tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes"),
+                    "target_bytes": tfds.features.Scalar(dtype=np.int32),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, _):
+            return {name: enumerate(records) for name, records in splits.items()}
+
+        def _generate_examples(self):
+            raise AssertionError("splits are given as iterators")
+
+    directory = pathlib.Path(directory)
+    temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        # TFDS draws progress bars and announcements of its own; ours say what matters.
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            builder = TokenRecords(file_format="array_record", data_dir=temporary)
+            builder.download_and_prepare()
+        built = pathlib.Path(builder.data_dir)
+        shards = {}
+        for name, split in builder.info.splits.items():
+            counts = zip(split.filenames, split.shard_lengths, strict=True)
+            shards[name] = [
+                {"name": file, "records": records, "bytes": (built / file).stat().st_size} for file, records in sorted(counts)
+            ]
+        content = manifest | {"format": FORMAT, "length": length, "dtype": np.dtype(dtype).name, "files": shards}
+        (built / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        for name, text in files.items():
+            (built / name).write_text(text, "utf-8")
+        if directory.exists():  # another process was faster; the content is the same by name
+            return
+        built.rename(directory)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+class Store:
+    """Prepared records, open for random access.
+
+    `on_corrupt`: "error", or "skip" (the record becomes padding of weight zero, counted, at most `max_corrupt`).
+    """
+
+    def __init__(self, directory, *, on_corrupt="error", max_corrupt=100):
+        self.directory = pathlib.Path(directory)
+        self.manifest = _read_manifest(self.directory)
+        self.length, self.dtype = self.manifest["length"], np.dtype(self.manifest["dtype"])
+        self.on_corrupt, self.max_corrupt = on_corrupt, max_corrupt
+        self.corrupt = set()
+        self._sources, self._lock = {}, threading.Lock()
+        for split in SPLITS:
+            for file in self.manifest["files"][split]:
+                self._check_file(file)
+
+    @property
+    def identity(self):
+        """What decides the content: a dict that two equal stores share."""
+        return {key: self.manifest[key] for key in ("content", "tokenizer", "vocab_size", "length", "validation_fraction")}
+
+    def count(self, split):
+        """Returns the number of records of a split."""
+        return sum(file["records"] for file in self.manifest["files"][split])
+
+    def records(self, split, indices):
+        """Returns the records at `indices` stacked: tokens and segments [n, L+1], target_bytes [n], in fresh arrays.
+
+        DataError names the file and the record when one is damaged, unless they are skipped.
+        """
+        indices = [int(index) for index in indices]
+        source = self._source(split)
+        try:
+            records = source.__getitems__(indices)
+        except Exception:  # array_record raises several kinds, and names neither file nor record
+            records = [self._record(source, split, index) for index in indices]
+        return {
+            "tokens": np.stack([record["tokens"] for record in records]),
+            "segments": np.stack([record["segments"] for record in records]),
+            "target_bytes": np.array([record["target_bytes"] for record in records], np.int32),
+        }
+
+    def _source(self, split):
+        with self._lock:
+            if split not in self._sources:
+                import tensorflow_datasets as tfds
+
+                try:
+                    builder = tfds.builder_from_directory(self.directory)
+                    self._sources[split] = builder.as_data_source(split=split)
+                except Exception as error:
+                    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                    raise DataError(f"{self.directory} can't be opened as a TFDS dataset: {reason}.") from error
+            return self._sources[split]
+
+    def _record(self, source, split, index):
+        try:
+            return source.__getitems__([index])[0]
+        except Exception as error:
+            where = self._where(split, index)
+            if self.on_corrupt == "error":
+                reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+                raise DataError(
+                    f"{where} is damaged ({reason}): delete {self.directory} to have it prepared again, or set "
+                    "data.on_corrupt=skip."
+                ) from error
+            self.corrupt.add((split, index))
+            if len(self.corrupt) > self.max_corrupt:
+                raise DataError(f"{where} is the damaged record number {len(self.corrupt)}: more than data.max_corrupt.") from error
+            shape = (self.length + 1,)
+            return {"tokens": np.zeros(shape, self.dtype), "segments": np.zeros(shape, np.uint16), "target_bytes": 0}
+
+    def _where(self, split, index):
+        for file in self.manifest["files"][split]:
+            if index < file["records"]:
+                return f"record {index} of {self.directory / file['name']}"
+            index -= file["records"]
+        return f"record {index} past the end of {self.directory}"
+
+    def _check_file(self, file):
+        path = self.directory / file["name"]
+        try:
+            size = path.stat().st_size
+        except FileNotFoundError:
+            raise DataError(f"{path} is missing: delete {self.directory} to have it prepared again.") from None
+        if size != file["bytes"]:
+            raise DataError(
+                f"{path} has {size} bytes and its manifest says {file['bytes']}: it was cut or replaced; delete "
+                f"{self.directory} to have it prepared again."
+            )
+
+
+def is_store(directory):
+    """Whether a folder holds prepared records."""
+    return (pathlib.Path(directory) / MANIFEST_FILE).is_file()
+
+
+def _read_manifest(directory):
+    file = directory / MANIFEST_FILE
+    try:
+        manifest = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file} can't be read ({error}): delete {directory} to have it prepared again.") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{file} is not a manifest of format {FORMAT}: prepare {directory} again.")
+    return manifest

@@ -1,0 +1,214 @@
+"""Tokenizers: plain bytes, or byte-level BPE trained on the corpus (the `tokenizers` library)."""
+
+import codecs
+import hashlib
+import json
+import pathlib
+
+import numpy as np
+
+from llmos_jax.errors import ConfigError, DataError
+
+END_TEXT = "<|endoftext|>"
+
+
+class ByteTokenizer:
+    """UTF-8 bytes as tokens 0..255, end of text as 256."""
+
+    name = "byte"
+    vocab_size = 257
+    end_id = 256
+
+    @property
+    def fingerprint(self):
+        """16 hex digits that identify what the tokenizer does."""
+        return _digest(self.to_json())
+
+    @property
+    def token_byte_lengths(self):
+        """Bytes of text that each token stands for, int32 [V]; the end token stands for none."""
+        return np.array([1] * 256 + [0], np.int32)
+
+    def encode(self, text):
+        """Returns the tokens of `text`, int32; the end token never appears."""
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def encode_batch(self, texts):
+        """Returns `encode` of every text."""
+        return [self.encode(text) for text in texts]
+
+    def token_bytes(self, token):
+        """Returns the bytes of text that one token stands for."""
+        return bytes([token]) if token < 256 else b""
+
+    def decode(self, tokens):
+        """Returns the text of `tokens`; bytes that are not UTF-8 become U+FFFD, end tokens nothing."""
+        return _decode(self, tokens)
+
+    def stream_decoder(self):
+        """Returns a new StreamDecoder."""
+        return StreamDecoder(self)
+
+    def to_json(self):
+        """Returns what `load_tokenizer` reads."""
+        return {"llmos": "byte"}
+
+
+class BPETokenizer:
+    """Byte-level BPE (Radford et al. 2019): any text round-trips exactly, whatever it contains.
+
+    `model`: a `tokenizers.Tokenizer` whose vocabulary holds the end token as a special one.
+    """
+
+    name = "bpe"
+
+    def __init__(self, model):
+        self._model = model
+        self._model.encode_special_tokens = True  # the end token's spelling inside a text is just text
+        self.vocab_size = model.get_vocab_size()
+        self.end_id = model.token_to_id(END_TEXT)
+        if self.end_id is None:
+            raise DataError(f"the tokenizer has no {END_TEXT!r} token, which separates documents.")
+        self._bytes = [_token_bytes(model.id_to_token(token) or "") for token in range(self.vocab_size)]
+        self._bytes[self.end_id] = b""
+
+    @property
+    def fingerprint(self):
+        """16 hex digits that identify what the tokenizer does."""
+        return _digest(self.to_json())
+
+    @property
+    def token_byte_lengths(self):
+        """Bytes of text that each token stands for, int32 [V]; the end token stands for none."""
+        return np.array([len(part) for part in self._bytes], np.int32)
+
+    def encode(self, text):
+        """Returns the tokens of `text`, int32; the end token never appears."""
+        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def encode_batch(self, texts):
+        """Returns `encode` of every text, on all cores."""
+        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [np.array(item.ids, np.int32) for item in encoded]
+
+    def token_bytes(self, token):
+        """Returns the bytes of text that one token stands for."""
+        return self._bytes[token]
+
+    def decode(self, tokens):
+        """Returns the text of `tokens`; bytes that are not UTF-8 become U+FFFD, end tokens nothing."""
+        return _decode(self, tokens)
+
+    def stream_decoder(self):
+        """Returns a new StreamDecoder."""
+        return StreamDecoder(self)
+
+    def to_json(self):
+        """Returns the library's own `tokenizer.json` content."""
+        return json.loads(self._model.to_str())
+
+
+class StreamDecoder:
+    """Text from tokens one by one; a character whose bytes are not all there yet is held back."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token):
+        """Returns the text that this token completes, maybe empty."""
+        return self._decoder.decode(self._tokenizer.token_bytes(int(token)))
+
+    def flush(self):
+        """Returns what was held back, incomplete characters as U+FFFD."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_bpe(texts, vocab_size):
+    """Returns a BPETokenizer of `vocab_size` tokens (256 bytes and the end token included) trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if vocab_size < 257:
+        raise ConfigError(f"data.tokenizer=bpe:{vocab_size} is too small: bytes and the end token need 257.")
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    return BPETokenizer(model)
+
+
+def make_tokenizer(spec, texts):
+    """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE" (trained on `texts`) or a tokenizer.json.
+
+    `texts` is only iterated when a tokenizer is trained.
+    """
+    kind, _, size = spec.partition(":")
+    if spec == "byte":
+        return ByteTokenizer()
+    if kind == "bpe" and size.isdigit():
+        return train_bpe(texts, int(size))
+    if pathlib.Path(spec).exists():
+        return load_tokenizer(spec)
+    raise ConfigError(f"data.tokenizer={spec!r} must be byte, bpe:SIZE (for example bpe:4096) or an existing tokenizer.json.")
+
+
+def load_tokenizer(path):
+    """Returns the tokenizer of a file; DataError names a file that is missing, damaged or of another kind."""
+    path = pathlib.Path(path)
+    try:
+        content = path.read_text("utf-8")
+        tree = json.loads(content)
+    except (OSError, ValueError) as error:
+        raise DataError(f"tokenizer file {path} can't be read: {error}.") from None
+    if isinstance(tree, dict) and tree.get("llmos") == "byte":
+        return ByteTokenizer()
+    from tokenizers import Tokenizer
+
+    try:
+        model = Tokenizer.from_str(content)
+    except BaseException as error:  # the library's PanicException is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise DataError(f"tokenizer file {path} is not one that the tokenizers library reads: {error}.") from None
+    return BPETokenizer(model)
+
+
+def save_tokenizer(tokenizer, path):
+    """Writes what `load_tokenizer` reads."""
+    pathlib.Path(path).write_text(json.dumps(tokenizer.to_json()), "utf-8")
+
+
+def _byte_alphabet():
+    """GPT-2's table: every byte as a printable character."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    table, extra = {}, 0
+    for byte in range(256):
+        if byte in printable:
+            table[chr(byte)] = byte
+        else:
+            table[chr(256 + extra)] = byte
+            extra += 1
+    return table
+
+
+_BYTES = _byte_alphabet()
+
+
+def _token_bytes(token):
+    if all(character in _BYTES for character in token):
+        return bytes(_BYTES[character] for character in token)
+    return token.encode("utf-8")  # an added token is spelled as itself
+
+
+def _decode(tokenizer, tokens):
+    return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", errors="replace")
+
+
+def _digest(tree):
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
