@@ -1,0 +1,121 @@
+"""The chip table: what each accelerator can do at best, and what is attached. CPUs are measured, never assumed."""
+
+import dataclasses
+import json
+import time
+
+from llmos_jax.compute import host
+
+_GB, _GIB, _T = 10**9, 2**30, 10**12
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Peak figures of one device as JAX sees it.
+
+    peak_flops: dense FLOP/s by dtype name (no sparsity). hbm_bytes, hbm_bandwidth (bytes/s). link_bandwidth: bytes/s that
+    the device can send to its neighbours over the chip-to-chip network, all links together, one direction.
+    source: where the figures are published.
+    """
+
+    name: str
+    peak_flops: dict[str, float]
+    hbm_bytes: int
+    hbm_bandwidth: float
+    link_bandwidth: float
+    source: str
+
+
+def _flops(bfloat16, int8=None, float8=None, float32=None):
+    given = {"bfloat16": bfloat16, "int8": int8, "float8_e4m3fn": float8, "float32": float32}
+    return {dtype: value * _T for dtype, value in given.items() if value is not None}
+
+
+_TPU = "https://cloud.google.com/tpu/docs/"
+_NVIDIA = "https://www.nvidia.com/en-us/data-center/"
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("TPU v4", _flops(275, int8=275), 32 * _GIB, 1228 * _GB, 270 * _GB, _TPU + "v4"),
+        Chip("TPU v5e", _flops(197, int8=394), 16 * _GIB, 819 * _GB, 180 * _GB, _TPU + "v5e"),
+        Chip("TPU v5p", _flops(459, int8=918), 95 * _GIB, 2765 * _GB, 540 * _GB, _TPU + "v5p"),
+        Chip("TPU v6e", _flops(918, int8=1836), 32 * _GIB, 1640 * _GB, 360 * _GB, _TPU + "v6e"),
+        # JAX sees each of a v7 chip's two chiplets as a device; the published figures are per chip.
+        Chip("TPU v7", _flops(2307 / 2, float8=4614 / 2), 96 * _GIB, 7380 / 2 * _GB, 600 / 2 * _GB, _TPU + "tpu7x"),
+        Chip("A100-40GB", _flops(312, int8=624, float32=19.5), 40 * _GB, 1555 * _GB, 300 * _GB, _NVIDIA + "a100/"),
+        Chip("A100-80GB", _flops(312, int8=624, float32=19.5), 80 * _GB, 2039 * _GB, 300 * _GB, _NVIDIA + "a100/"),
+        Chip("H100", _flops(989.4, 1978.9, 1978.9, 66.9), 80 * _GB, 3350 * _GB, 450 * _GB, _NVIDIA + "h100/"),
+        Chip("H100-PCIe", _flops(756, 1513, 1513, 51), 80 * _GB, 2000 * _GB, 300 * _GB, _NVIDIA + "h100/"),
+        Chip("H200", _flops(989.4, 1978.9, 1978.9, 66.9), 141 * _GB, 4800 * _GB, 450 * _GB, _NVIDIA + "h200/"),
+        Chip("B200", _flops(2250, 4500, 4500, 75), 180 * _GB, 7700 * _GB, 900 * _GB, _NVIDIA + "dgx-b200/"),
+    )
+}
+# How devices call themselves (`device.device_kind`), most special first.
+_KINDS = (
+    ("TPU7x", "TPU v7"),
+    ("TPU v7", "TPU v7"),
+    ("TPU v6", "TPU v6e"),
+    ("TPU v5 lite", "TPU v5e"),
+    ("TPU v5e", "TPU v5e"),
+    ("TPU v5", "TPU v5p"),
+    ("TPU v4", "TPU v4"),
+    ("A100-SXM4-80GB", "A100-80GB"),
+    ("A100 80GB", "A100-80GB"),
+    ("A100", "A100-40GB"),
+    ("H100 PCIe", "H100-PCIe"),
+    ("H100", "H100"),
+    ("H200", "H200"),
+    ("B200", "B200"),
+)
+
+
+def chip_named(kind):
+    """Returns the Chip of a `device_kind`, or None for one that is not in the table (its MFU is then left out)."""
+    return next((CHIPS[name] for part, name in _KINDS if part.lower() in kind.lower()), None)
+
+
+def peak_flops(devices, dtype):
+    """Returns the peak FLOP/s of all `devices` together in `dtype`, or None when the chip or dtype is not in the table.
+
+    Virtual CPU devices share the cores that are there: they count as one.
+    """
+    devices = list(devices)
+    if devices[0].platform == "cpu":
+        return measure_cpu_flops()
+    chip = chip_named(devices[0].device_kind)
+    return chip.peak_flops[dtype] * len(devices) if chip and dtype in chip.peak_flops else None
+
+
+def measure_cpu_flops():
+    """Returns the float32 FLOP/s of a large matrix product on this process's cores, measured once per machine (0.3 s)."""
+    import jax
+    import jax.numpy as jnp
+
+    key = f"{host.cpu_model()}, {host.cores()} cores, jax {jax.__version__}"
+    file = host.cache_directory("measured") / "cpu_flops.json"
+    known = json.loads(file.read_text()) if file.is_file() else {}
+    if key not in known:
+        size, best = 1536, 0.0
+        with jax.default_device(jax.devices("cpu")[0]):
+            x = jnp.ones((size, size), jnp.float32)
+            product = jax.jit(lambda x: x @ x)
+            product(x).block_until_ready()
+            for _ in range(8):
+                start = time.perf_counter()
+                product(x).block_until_ready()
+                best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        known[key] = best
+        temporary = file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known, indent=2))
+        temporary.replace(file)
+    return known[key]
+
+
+def describe_devices(devices):
+    """Returns one phrase on the devices: `8 x NVIDIA H200 (141 GB each)`, `1 x CPU (AMD EPYC, 2 cores, 23 GiB)`."""
+    devices = list(devices)
+    if devices[0].platform == "cpu":
+        return f"{len(devices)} x CPU ({host.cpu_model()}, {host.cores()} cores, {host.memory_bytes() / _GIB:.0f} GiB)"
+    chip = chip_named(devices[0].device_kind)
+    size = f" ({chip.hbm_bytes / _GB:.0f} GB each)" if chip else ""
+    return f"{len(devices)} x {devices[0].device_kind}{size}"
