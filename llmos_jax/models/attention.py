@@ -1,0 +1,326 @@
+"""Attention behind one function: masks as data, kernels by platform, refusals in a sentence. Knows no parameters.
+
+Masks mean the same in every kernel. Causal: position i sees j <= i. Window: i sees i - window < j <= i. Segments: i sees
+j of the same id. `reference` is the numeric truth that every other form is tested against.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llmos_jax.errors import ConfigError
+from llmos_jax.models.attention_cpu import HIDDEN, blocked_attention
+
+IMPLEMENTATIONS = ("auto", "reference", "blocked", "xla", "cudnn", "splash")
+# What "auto" tries, in this order, where the platform is this.
+_PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
+# The sides of splash attention's tiles, largest first; a length is a multiple of the last.
+_SPLASH_TILES = (512, 384, 256, 128)
+# A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
+_CACHED_ROWS = 512
+
+
+def attend(
+    query_BLHK,
+    key_BMGK,
+    value_BMGK,
+    *,
+    is_causal=True,
+    segments_BL=None,
+    window=None,
+    scale=None,
+    implementation="auto",
+    placement=None,
+):
+    """Returns softmax(scale x query key^T + mask) value, [B, L, H, K] in the query's dtype.
+
+    H is a multiple of G (grouped-query attention: H / G consecutive query heads share a key-value head). `segments_BL`:
+    int32 ids, only equal ids see each other; rows of id 0 (padding) come out finite. `window` needs `is_causal`. L and M
+    may differ only without causal mask, window and segments. `scale` is 1 / sqrt(K) unless given.
+
+    `implementation`: "reference" (all scores in float32), "blocked" (query blocks, made for XLA:CPU), "xla"
+    (`jax.nn.dot_product_attention`), "cudnn" (flash attention, NVIDIA), "splash" (Pallas, TPU), or "auto": blocked on
+    CPU, cudnn on GPU and splash on TPU where they support the call, else xla. With segments cudnn reads the mask as a
+    [B, 1, L, L] bias. `placement` gives `.platform`, `.mesh` and `.spec(*logical axes)`; None is one device of JAX's
+    default platform. Raises ConfigError on shapes that do not fit and on a kernel asked for by name that does not
+    support the call.
+    """
+    call = _Call.of(query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement)
+    kernel = _choose(implementation, call)
+    scale = float(1 / np.sqrt(call.head_size) if scale is None else scale)
+    masks = {"segments_BL": segments_BL, "is_causal": is_causal, "window": window, "scale": scale}
+    if kernel == "splash":
+        return _splash(query_BLHK, key_BMGK, value_BMGK, placement=placement, **masks)
+    return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks)
+
+
+def attend_cached(query_BLHK, key_cache_BGMK, value_cache_BGMK, start_B, *, first_B=None, window=None, scale=None):
+    """Returns attention [B, L, H, K] of L new tokens to a cache that already holds their own keys and values.
+
+    The tokens of row b are at cache positions start_B[b] .. start_B[b] + L - 1 and see positions first_B[b] (0 unless
+    given: where a row padded on the left begins) to their own, the latest `window` of them if given. Padding rows come
+    out finite. L = 1 is a decoding step, L > 1 a prompt. Memory: float32 scores of at most 512 tokens at a time.
+    """
+    batch, length, heads, size = query_BLHK.shape
+    cache_shape = (batch, key_cache_BGMK.shape[1], key_cache_BGMK.shape[2], size)
+    if key_cache_BGMK.shape != cache_shape or value_cache_BGMK.shape != cache_shape or heads % cache_shape[1]:
+        raise ConfigError(
+            f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key_cache_BGMK.shape} and "
+            f"values {value_cache_BGMK.shape}; expected [B, G, M, K] with H a multiple of G."
+        )
+    scale = 1 / np.sqrt(size) if scale is None else scale
+    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, cache_shape[1], -1, size)
+    query_BGRLK = query.transpose(0, 2, 3, 1, 4)
+    position_BL = jnp.asarray(start_B)[:, None] + jnp.arange(length)
+    outputs = []
+    for start in range(0, length, _CACHED_ROWS):
+        rows = slice(start, min(start + _CACHED_ROWS, length))
+        seen_BLM = _seen_in_cache(position_BL[:, rows], cache_shape[2], first_B, window)
+        outputs.append(_attend_rows(query_BGRLK[:, :, :, rows], key_cache_BGMK, value_cache_BGMK, seen_BLM))
+    output_BGRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
+    return output_BGRLK.transpose(0, 3, 1, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What of a call decides which kernel can run it."""
+
+    dtype: str
+    query_length: int
+    key_length: int
+    head_size: int
+    is_causal: bool
+    has_segments: bool
+    window: int | None
+    platform: str
+    compute_capability: str | None
+
+    @classmethod
+    def of(cls, query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement):
+        """Returns the call of these arguments; ConfigError when they do not fit each other."""
+        batch, length, heads, size = query_BLHK.shape
+        key_length, groups = key_BMGK.shape[1:3]
+        if key_BMGK.shape != (batch, key_length, groups, size) or value_BMGK.shape != key_BMGK.shape or heads % groups:
+            raise ConfigError(
+                f"attention: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key_BMGK.shape} and values "
+                f"{value_BMGK.shape}; expected [B, M, G, K] with H a multiple of G."
+            )
+        if segments_BL is not None and segments_BL.shape != (batch, length):
+            raise ConfigError(f"attention: segments {segments_BL.shape} for queries of [B, L] = {(batch, length)}.")
+        if window is not None and (not is_causal or window < 1):
+            raise ConfigError(
+                f"attention: window={window} with is_causal={is_causal}; a window is at least 1, and causal."
+            )
+        if length != key_length and (is_causal or segments_BL is not None):
+            raise ConfigError(
+                f"attention: {length} queries and {key_length} keys; lengths may differ only with is_causal=False and "
+                f"no segments."
+            )
+        device = _device(placement)
+        return cls(
+            dtype=str(jnp.dtype(query_BLHK.dtype)),
+            query_length=length,
+            key_length=key_length,
+            head_size=size,
+            is_causal=is_causal,
+            has_segments=segments_BL is not None,
+            window=window,
+            platform=placement.platform if placement is not None else jax.default_backend(),
+            compute_capability=getattr(device, "compute_capability", None),
+        )
+
+
+def _device(placement):
+    """Returns one of the devices that the call will run on."""
+    mesh = placement.mesh if placement is not None else None
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def _choose(implementation, call):
+    """Returns the kernel's name; ConfigError when one asked for by name can't run this call."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ConfigError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
+    if implementation == "auto":
+        candidates = _PREFERRED[call.platform]
+        return next((name for name in candidates if _refusal(name, call) is None), candidates[-1])
+    refusal = _refusal(implementation, call)
+    if refusal is not None:
+        raise ConfigError(f"attention implementation {implementation!r} {refusal}; take another one, or 'auto'.")
+    return implementation
+
+
+def _refusal(name, call):
+    """Returns why the kernel can't run this call, as the rest of a sentence, or None when it can."""
+    if name == "cudnn":
+        return _cudnn_refusal(call)
+    if name == "splash":
+        if call.platform != "tpu":
+            return f"runs on tpu, and the devices are {call.platform}"
+        multiple = _SPLASH_TILES[-1]
+        if call.query_length % multiple or call.key_length % multiple:
+            return f"needs lengths that are multiples of {multiple}, not {call.query_length} and {call.key_length}"
+        if call.dtype not in ("float32", "bfloat16"):
+            return f"takes float32 and bfloat16, not {call.dtype}"
+    return None
+
+
+def _cudnn_refusal(call):
+    if call.platform != "gpu":
+        return f"runs on gpu, and the devices are {call.platform}"
+    if call.dtype not in ("bfloat16", "float16"):
+        return f"takes bfloat16 and float16, not {call.dtype}"
+    # A program can be compiled for a GPU that is not here; then the oldest generation that has the kernel is assumed.
+    capability = call.compute_capability or "8.0"
+    if not capability[:1].isdigit() or float(capability) < 8.0:
+        return f"needs an NVIDIA GPU of compute capability 8.0 or newer, not {capability}"
+    largest = 256 if float(capability) >= 9.0 else 128
+    if call.head_size % 8 or call.head_size > largest:
+        return f"needs a head size that is a multiple of 8 and at most {largest}, not {call.head_size}"
+    if call.has_segments and call.query_length % 2:
+        return f"needs an even length with segments, not {call.query_length}"
+    return None
+
+
+def _visible(query_length, key_length, segments_BL, is_causal, window):
+    """Returns which keys each query sees, bool broadcastable to [B, 1, L, M], or None when all see all."""
+    visible = None
+    if is_causal:
+        query_position, key_position = np.arange(query_length)[:, None], np.arange(key_length)
+        visible = key_position <= query_position
+        if window is not None:
+            visible &= key_position > query_position - window
+        visible = jnp.asarray(visible)[None, None]
+    if segments_BL is not None:
+        same = (segments_BL[:, :, None] == segments_BL[:, None, :])[:, None]
+        visible = same if visible is None else visible & same
+    return visible
+
+
+def _reference(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
+    """Returns attention the naive way: every score in float32, hidden ones at a large negative number."""
+    repeats = query_BLHK.shape[2] // key_BMGK.shape[2]
+    query, key, value = (x.astype(jnp.float32) for x in (query_BLHK, key_BMGK, value_BMGK))
+    key_BMHK, value_BMHK = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
+    scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", query, key_BMHK, precision=lax.Precision.HIGHEST) * scale
+    visible = _visible(query.shape[1], key.shape[1], segments_BL, is_causal, window)
+    if visible is not None:
+        scores_BHLM = jnp.where(visible, scores_BHLM, HIDDEN)
+    weights_BHLM = jax.nn.softmax(scores_BHLM)
+    output = jnp.einsum("BHLM,BMHK->BLHK", weights_BHLM, value_BMHK, precision=lax.Precision.HIGHEST)
+    return output.astype(query_BLHK.dtype)
+
+
+def _blocked(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
+    return blocked_attention(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale)
+
+
+def _xla(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
+    mask = _visible(query_BLHK.shape[1], key_BMGK.shape[1], segments_BL, False, None)
+    return jax.nn.dot_product_attention(
+        query_BLHK,
+        key_BMGK,
+        value_BMGK,
+        mask=mask,
+        is_causal=is_causal,
+        local_window_size=None if window is None else (window - 1, 0),
+        scale=scale,
+        implementation="xla",
+    )
+
+
+def _cudnn(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
+    # cuDNN takes a sliding window only without a bias, and a mask is a bias: beside segments the window goes into it.
+    length = query_BLHK.shape[1]
+    mask = None if segments_BL is None else _visible(length, length, segments_BL, is_causal, window)
+    return jax.nn.dot_product_attention(
+        query_BLHK,
+        key_BMGK,
+        value_BMGK,
+        mask=mask,
+        is_causal=is_causal,
+        local_window_size=None if window is None or mask is not None else (window - 1, 0),
+        scale=scale,
+        implementation="cudnn",
+    )
+
+
+def _splash(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale, placement):
+    """Returns attention by JAX's splash kernel, run on each device's own rows and heads."""
+    mesh = placement.mesh if placement is not None else None
+    query_BLHK = (query_BLHK * scale).astype(query_BLHK.dtype)
+    operands = [query_BLHK, key_BMGK, value_BMGK] + ([] if segments_BL is None else [segments_BL])
+
+    def local(query_BLHK, key_BMGK, value_BMGK, segments_BL=None):
+        kernel = _splash_kernel(query_BLHK.shape[2], query_BLHK.shape[1], key_BMGK.shape[1], is_causal, window)
+        return _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL)
+
+    if mesh is None or mesh.size == 1:
+        return local(*operands)
+    heads_spec = placement.spec("batch", None, "heads", None)
+    shards = placement.axis_size("heads")
+    if key_BMGK.shape[2] % shards:
+        # Fewer key-value heads than shards of query heads: every query head gets its own copy.
+        operands[1:3] = [jnp.repeat(x, query_BLHK.shape[2] // key_BMGK.shape[2], axis=2) for x in operands[1:3]]
+    specs = (heads_spec,) * 3 + (() if segments_BL is None else (placement.spec("batch", None),))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)(*operands)
+
+
+def _splash_kernel(heads, query_length, key_length, is_causal, window):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    shape = (query_length, key_length)
+    if window is not None:
+        mask = masks.LocalMask(shape, (window - 1, 0), 0)
+    else:
+        mask = masks.CausalMask(shape) if is_causal else masks.FullMask(shape)
+    rows, keys = (next(tile for tile in _SPLASH_TILES if length % tile == 0) for length in shape)
+    tiles = splash.BlockSizes(
+        block_q=rows,
+        block_kv=keys,
+        block_kv_compute=keys,
+        block_q_dkv=rows,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
+        block_q_dq=rows,
+        block_kv_dq=keys,
+    )
+    return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=tiles, head_shards=1, q_seq_shards=1)
+
+
+def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import SegmentIds
+
+    heads_first = (x.swapaxes(1, 2) for x in (query_BLHK, key_BMGK, value_BMGK))
+    if segments_BL is None:
+        output_BHLK = jax.vmap(kernel)(*heads_first)
+    else:
+        output_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(
+            *heads_first, segments_BL
+        )
+    return output_BHLK.swapaxes(1, 2)
+
+
+_KERNELS = {"reference": _reference, "blocked": _blocked, "xla": _xla, "cudnn": _cudnn}
+
+
+def _seen_in_cache(position_BL, cache_length, first_B, window):
+    """Returns which cache positions each new token sees, bool [B, L, M]."""
+    slot_M = jnp.arange(cache_length)
+    seen_BLM = slot_M <= position_BL[:, :, None]
+    if first_B is not None:
+        seen_BLM &= slot_M >= first_B[:, None, None]
+    if window is not None:
+        seen_BLM &= slot_M > position_BL[:, :, None] - window
+    return seen_BLM
+
+
+def _attend_rows(query_BGRLK, key_BGMK, value_BGMK, seen_BLM):
+    """Returns attention [B, G, R, L, K] in float32, with full scores."""
+    scores = jnp.einsum("BGRLK,BGMK->BGRLM", query_BGRLK, key_BGMK, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], scores, HIDDEN))
+    weights = weights.astype(value_BGMK.dtype)
+    return jnp.einsum("BGRLM,BGMK->BGRLK", weights, value_BGMK, preferred_element_type=jnp.float32)
