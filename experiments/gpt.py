@@ -35,7 +35,7 @@ SIZES = {
 
 def get_config(arg=""):
     """Returns the choices of this experiment; everything else has its default beside its owner."""
-    options = parse_arg(arg, size="small", data="stdlib", tokenizer="", smoke=False)
+    options = parse_arg(arg, size="small", data="", tokenizer="", smoke=False)
     size = options["size"]
     if size not in SIZES:
         raise ConfigError(f"size={size!r} is unknown; known: {', '.join(SIZES)}.")
@@ -45,15 +45,17 @@ def get_config(arg=""):
     config = ConfigDict()
     config.name = "gpt"
     config.model = dict(name="gpt", width=width, layers=layers, heads=heads, context=context)
-    config.data = dict(sources=_sources(options["data"]), tokenizer=options["tokenizer"], length=context)
+    sources = _sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
+    config.data = dict(sources=sources, tokenizer=options["tokenizer"], length=context)
     config.optim = dict(learning_rate=learning_rate)
     config.train = dict(batch_size=batch_size, steps=steps, log_every_steps=10, evaluate_every_steps=250)
     config.checkpoint = dict(every_steps=250)
     config.data.tokenizer = options["tokenizer"] or ("bpe:50257" if is_large else "bpe:4096")
+    if size == "small":
+        config.data.validation_fraction = 0.02  # of 30 MB; a tenth would take longer to evaluate than to learn from
     if size == "nano":
         # https://github.com/karpathy/nanoGPT, section "I only have a macbook": its CPU command and learning rates.
         config.optim.update(warmup=0.05, beta2=0.99)
-        config.data.validation_fraction = 0.1
     if is_large:
         config.mesh = dict(parameters="fsdp")
         config.model.remat = "full" if size in ("6.7b", "13b", "175b") else "projections"
@@ -63,6 +65,7 @@ def get_config(arg=""):
         config.model.update(width=32, layers=2, heads=2, context=64, remat="none")
         config.data.update(length=64)
         config.train.update(batch_size=8, steps=12, log_every_steps=4, evaluate_every_steps=8)
+        config.data.validation_fraction = 0.1
         config.task = dict(name="language", evaluation_batches=4, sample_tokens=16)
         config.checkpoint = dict(every_steps=8)
         config.data.tokenizer = options["tokenizer"] or "byte"

@@ -102,6 +102,11 @@ def headline(summary):
     return f"step {summary['step']}, {figures}{against}"
 
 
+def is_worth_reading(record):
+    """Whether a log record is the project's own, or a library's warning: libraries tell everything they do as INFO."""
+    return record.levelno >= python_logging.WARNING or pathlib.Path(__file__).parent in pathlib.Path(record.pathname).parents
+
+
 def prepare_platform(settings):
     """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache."""
     from llmos_jax.compute import host
@@ -212,30 +217,25 @@ def _restore_params(directory, handle, *, step=None, key="params"):
         raise CheckpointError(f"{directory} has no checkpoint yet: train it first.")
     checkpointer = Checkpointer(checkpoints, CheckpointConfig())
     try:
-        return checkpointer.restore_params(step, abstract, key=key)
+        return checkpointer.restore_part(abstract, key=key, step=step)
     finally:
         checkpointer.close()
 
 
 @contextlib.contextmanager
 def _log_file(path):
-    """Adds everything that is logged, with times and traces, to a file of the run directory."""
+    """Adds everything that is logged, and the trace of an error that ends the run, to a file of the run directory."""
     handler = python_logging.FileHandler(path)
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    root = python_logging.getLogger()
-    root.addHandler(handler)
+    handler.addFilter(is_worth_reading)
+    logger = logging.get_absl_logger()
+    logger.addHandler(handler)
     try:
         yield
-    except Exception:
-        root.debug("the run ended with an error", exc_info=True)
-        handler.handle(root.makeRecord("llmos", python_logging.ERROR, "", 0, "run ended", (), _exception()))
+    except BaseException as error:
+        trace = (type(error), error, error.__traceback__)
+        handler.handle(logger.makeRecord("llmos", python_logging.ERROR, "", 0, "the run ended with an error", (), trace))
         raise
     finally:
-        root.removeHandler(handler)
+        logger.removeHandler(handler)
         handler.close()
-
-
-def _exception():
-    import sys
-
-    return sys.exc_info()

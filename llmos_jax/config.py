@@ -121,6 +121,8 @@ def parse(cls, tree, path=""):
         full = _join(path, name)
         if name in tree:
             values[name] = _convert(hints[name], field.metadata, tree[name], full)
+        elif field.metadata.get("units") and field.default_factory is not _MISSING:
+            values[name] = _convert(hints[name], field.metadata, field.default_factory(), full)
         elif field.default is _MISSING and field.default_factory is _MISSING:
             raise ConfigError(f"Setting {full!r} is required: {field.metadata.get('help', 'no default')}")
     return cls(**values)

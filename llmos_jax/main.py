@@ -156,7 +156,9 @@ def _log_plainly():
     flags.FLAGS.mark_as_parsed()
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().setFormatter(python_logging.Formatter("%(message)s"))
+    handler = logging.get_absl_handler()
+    handler.setFormatter(python_logging.Formatter("%(message)s"))
+    handler.addFilter(api.is_worth_reading)
 
 
 def _launch_time():

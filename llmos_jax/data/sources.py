@@ -20,7 +20,9 @@ _PARQUET = (".parquet",)
 class SourceConfig:
     """One source of text."""
 
-    path: str = setting("stdlib", help="stdlib, a file or folder (text, jsonl, parquet), tfds:NAME, or prepared records")
+    path: str = setting(
+        "stdlib", help="stdlib[:PACKAGE], a file or folder (text, jsonl, parquet), tfds:NAME, or prepared records"
+    )
     weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
     text_key: str = setting("text", help="field that holds the text in jsonl, parquet and TFDS")
 
@@ -35,10 +37,13 @@ class Document:
 
 def list_files(source):
     """Returns the files of a source in a fixed order; ConfigError names a path that does not exist."""
-    if source.path == "stdlib":
-        root = pathlib.Path(sysconfig.get_path("stdlib"))
+    if _is_stdlib(source):
+        root = root_of(source)
         skipped = ("site-packages", "__pycache__", "dist-packages")
-        return [file for file in sorted(root.rglob("*.py")) if not any(part in skipped for part in file.parts)]
+        files = [f for f in sorted(root.rglob("*.py")) if not any(part in skipped for part in f.relative_to(root).parts)]
+        if not files:
+            raise ConfigError(f"data source {source.path!r}: Python's standard library has no package of that name.")
+        return files
     path = pathlib.Path(source.path).expanduser()
     if path.is_file():
         return [path]
@@ -55,8 +60,8 @@ def list_files(source):
 
 def root_of(source):
     """Returns the folder that document keys are relative to."""
-    if source.path == "stdlib":
-        return pathlib.Path(sysconfig.get_path("stdlib"))
+    if _is_stdlib(source):
+        return pathlib.Path(sysconfig.get_path("stdlib"), source.path.partition(":")[2])
     path = pathlib.Path(source.path).expanduser()
     return path if path.is_dir() else path.parent
 
@@ -106,6 +111,10 @@ def content_hash(source, files):
         except OSError as error:
             total.update(f"unreadable {error.errno}".encode())
     return total.hexdigest()
+
+
+def _is_stdlib(source):
+    return source.path == "stdlib" or source.path.startswith("stdlib:")
 
 
 def _kind(file):

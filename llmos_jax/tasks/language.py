@@ -48,7 +48,10 @@ def build(config, *, model, data, batch_size, seed, log=print):
     family = unit("llmos_jax.models", model.name)
     train = Loader(prepared, "train", batch_size=batch_size, seed=seed)
     tokens = Field(np.int32, (data.length,), ("batch", "length"))
-    validation_bytes, gzip_bytes = prepared.validation_bytes, prepared.validation_gzip_bytes
+    validation = _validation(config, prepared, batch_size, seed)
+    # gzip saw all validation text: it is a yardstick only when the evaluation does, too.
+    is_whole = config.evaluation_batches is None
+    baselines = {"gzip -9 bits per byte": 8 * prepared.validation_gzip_bytes / prepared.validation_bytes} if is_whole else {}
     return Task(
         model=functools.partial(family.build, model),
         model_config=model,
@@ -63,7 +66,7 @@ def build(config, *, model, data, batch_size, seed, log=print):
         batch_size=batch_size,
         rows=train.rows,
         loss=loss,
-        evaluations=(_validation(config, prepared, batch_size, seed),),
+        evaluations=(validation,),
         tokens_per_row=data.length,
         flops_per_token=family.flops_per_token(model, data.length),
         parameter_count=family.parameter_count(model),
@@ -74,7 +77,7 @@ def build(config, *, model, data, batch_size, seed, log=print):
         prompts=config.prompts,
         sample_tokens=config.sample_tokens,
         temperature=config.temperature,
-        baselines={"gzip -9 bits per byte": 8 * gzip_bytes / validation_bytes} if validation_bytes else {},
+        baselines=baselines,
     )
 
 

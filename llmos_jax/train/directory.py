@@ -1,6 +1,5 @@
 """The run directory: whose it is, and whether its run has ended."""
 
-import dataclasses
 import json
 import pathlib
 
@@ -78,10 +77,9 @@ def finished(directory, settings):
     return summary if is_past_steps or is_past_clock else None
 
 
-def mark_done(directory, result, elapsed_seconds):
-    """Writes the marker of a run that has ended, with its figures."""
-    content = dataclasses.asdict(result) | {"elapsed_seconds": elapsed_seconds}
-    (directory / DONE_FILE).write_text(json.dumps(content, indent=2) + "\n")
+def mark_done(directory, summary):
+    """Writes the marker of a run that has ended, with its summary."""
+    (directory / DONE_FILE).write_text(json.dumps(summary, indent=2) + "\n")
 
 
 def _identity_differences(saved, asked):

@@ -5,7 +5,6 @@ step before. The device is never waited for between log steps. It knows nothing 
 """
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llmos_jax.compute import devices, host, memory
+from llmos_jax.compute import devices, memory
 from llmos_jax.config import to_plain
 from llmos_jax.data.loader import Prefetcher
 from llmos_jax.errors import DeviceMemoryError, Preempted
@@ -23,7 +22,7 @@ from llmos_jax.tasks.base import make_batch
 from llmos_jax.train import guard, optim
 from llmos_jax.train import state as states
 from llmos_jax.train.checkpoint import Checkpointer
-from llmos_jax.train.metrics import GoodputAccount, MetricsWriter, ProgressBar, ThroughputMeter
+from llmos_jax.train.metrics import MetricsWriter, Progress, ThroughputMeter, TimeAccount
 from llmos_jax.train.preemption import Preemption
 from llmos_jax.train.settings import check_batch
 from llmos_jax.train.step import make_step
@@ -33,13 +32,18 @@ CHECKPOINTS = "checkpoints"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """How a run ended: batches seen, the last evaluation, goodput share, seconds by category, throughput figures."""
+    """How a run ended.
+
+    step: batches seen. evaluation: the last one's metrics. goodput: share of the time spent in training steps. seconds: by
+    category. throughput: figures of the last log window. elapsed_seconds: in the loop, over all its processes.
+    """
 
     step: int
     evaluation: dict[str, float]
     goodput: float
     seconds: dict[str, float]
     throughput: dict[str, float]
+    elapsed_seconds: float
 
 
 @dataclasses.dataclass
@@ -52,14 +56,20 @@ class _Run:
     directory: pathlib.Path
     handle: Any
     optimizer: Any
-    account: GoodputAccount
+    account: TimeAccount
     checkpointer: Checkpointer
     preemption: Preemption
     elapsed_before: float = 0.0
-    started: float = 0.0
+    restored_at: int | None = None
+    started: float | None = None
 
     def elapsed_seconds(self):
-        return self.elapsed_before + time.perf_counter() - self.started
+        return self.elapsed_before + (0.0 if self.started is None else time.perf_counter() - self.started)
+
+    def is_over(self, position):
+        """Whether training is done, by steps or by the clock."""
+        steps = self.settings.train.steps
+        return (steps is not None and position >= steps) or self.clock() >= 1.0
 
     def clock(self):
         limit = self.settings.train.max_seconds
@@ -91,7 +101,7 @@ def train(
     check_batch(settings, placement)
     handle = states.describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
-    account = GoodputAccount()
+    account = TimeAccount()
     checkpointer = Checkpointer(directory / CHECKPOINTS, settings.checkpoint)
     with Preemption() as preemption:
         run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption)
@@ -118,58 +128,63 @@ def _train(run, evaluate, sample, initial_params, launched):
     # ---- State: the newest checkpoint that verifies, else a warm start, else fresh.
     with account.spend("restore"):
         state, position = _restore_or_init(run, initial_params)
+    logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
     writer = MetricsWriter(run.directory, is_writer=jax.process_index() == 0, step=position)
     meter = ThroughputMeter(
         tokens_per_step=task.batch_size * task.tokens_per_row,
         flops_per_token=task.flops_per_token,
         peak_flops=devices.peak_flops(run.placement.mesh.devices.flat, _dtype_name(run)),
     )
-    bar = ProgressBar(total=config.steps, start=position, max_seconds=config.max_seconds, elapsed=run.elapsed_before)
-    logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
-
-    evaluation, evaluated_at, pending, guarded = {}, None, [], guard.initial_guard()
+    progress = Progress(total=config.steps, start=position, fraction=run.clock)
+    leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
     batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
-    run.started = time.perf_counter()
     profile = _Profile(config.profile_steps, run.directory)
+    evaluation, evaluated_at, sampled_at, pending = {}, None, None, []
+    run.started = time.perf_counter()
 
-    def flush(entries, *, is_final=False):
+    def flush(entries):
         """Reads the metrics of finished steps: the only place where the host waits for the device."""
-        if not entries:
-            return
-        for (step, _), values in zip(entries, jax.device_get([metrics for _, metrics in entries]), strict=True):
-            last_guard = values.pop("guard")
-            values = {name: float(value) for name, value in values.items()}
-            writer.write(step, values)
-        meter.update(entries[-1][0], time.perf_counter(), account.totals())
-        shown = values | meter.figures()
-        writer.write(entries[-1][0], meter.figures())
-        bar.update(entries[-1][0], shown | evaluation, run.elapsed_seconds())
-        guard.check(settings.optim, last_guard, states.leaf_names(run.handle.shapes))
+        with account.spend("step"):
+            read = jax.device_get([metrics for _, metrics in entries])
+        for (step, _), values in zip(entries, read, strict=True):
+            verdict = values.pop("guard")
+            figures = {name: float(value) for name, value in values.items()}
+            if step == entries[-1][0]:
+                meter.update(step, account.totals(), jax.local_devices())
+                progress.update(step, figures | meter.figures() | evaluation)
+                figures |= meter.figures()
+            writer.write(step, figures)
+            guard.check(settings.optim, verdict, leaf_names)
 
-    def is_due(every):
-        return every is not None and position > 0 and position % every == 0
+    def evaluate_and_sample():
+        nonlocal evaluation, evaluated_at, sampled_at
+        if evaluated_at != position:
+            with account.spend("evaluate"):
+                evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
+            writer.write(position, evaluation)
+            progress.message(f"step {position}  " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items()))
+        if sampled_at != position and (_is_due(config.sample_every_steps, position) or run.is_over(position)):
+            with account.spend("sample"):
+                texts, sampled_at = sample(state.evaluated_params), position
+            writer.write_samples(position, texts)
+            for text in texts:
+                progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
 
     try:
-        while run.clock() < 1.0 and (config.steps is None or position < config.steps):
+        while not run.is_over(position):
             preemption.poll()
 
             # ---- Evaluate the old state, then save it: what was measured is what is kept.
-            if is_due(config.evaluate_every_steps):
+            if _is_due(config.evaluate_every_steps, position) and position != run.restored_at:
                 flush(pending)
                 pending = []
-                with account.spend("evaluate"):
-                    evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
-                writer.write(position, evaluation)
-                bar.message(position, evaluation)
-            if is_due(config.sample_every_steps):
-                with account.spend("sample"):
-                    writer.write_samples(position, sample(state.evaluated_params))
-            if run.checkpointer.should_save(position, time.monotonic()):
+                evaluate_and_sample()
+            if run.checkpointer.should_save(position):
                 with account.spend("save_block"):
                     _save(run, state, position)
             run.checkpointer.poll()
 
-            # ---- Fetch the batch, dispatch the step; read the metrics of the steps before.
+            # ---- Fetch the batch, dispatch the step; read the metrics of the steps before it.
             profile.before(position)
             with account.spend("data_wait"):
                 batch = batches.get()
@@ -180,42 +195,48 @@ def _train(run, evaluate, sample, initial_params, launched):
             pending.append((position, metrics))
             if launched is not None:
                 jax.block_until_ready(metrics)
-                logging.info("first step done %.1f s after launch", time.time() - launched)
                 writer.write(position, {"start/first_step_seconds": time.time() - launched})
+                progress.message(f"first step done {time.time() - launched:.1f} s after launch")
                 launched = None
             if len(pending) > config.log_every_steps:
-                with account.spend("step"):
-                    flush(pending[:-1])
+                flush(pending[:-1])
                 pending = pending[-1:]
             profile.after(position, state)
 
         # ---- The end: last metrics, evaluation, samples, checkpoint.
-        with account.spend("step"):
-            flush(pending, is_final=True)
+        if pending:
+            flush(pending)
             pending = []
-        if evaluated_at != position:
-            with account.spend("evaluate"):
-                evaluation = evaluate(state.evaluated_params, preemption.poll)
-            writer.write(position, evaluation)
-            bar.message(position, evaluation)
         with account.spend("save_block"):
             _save(run, state, position)
-            run.checkpointer.wait()
-        with account.spend("sample"):
-            writer.write_samples(position, sample(state.evaluated_params))
+        evaluate_and_sample()
     except Preempted:
-        flush(pending)
+        if pending:
+            flush(pending)
         with account.spend("save_block"):
             _save(run, state, position)
             run.checkpointer.wait()
-        logging.info("saved step %d", position)
+        progress.message(f"saved step {position}")
         raise
     finally:
         batches.close()
-        bar.close()
+        progress.close()
         profile.close()
         writer.close()
-    return Result(position, evaluation, account.goodput(), account.totals(), meter.figures())
+    with account.spend("save_block"):
+        run.checkpointer.wait()
+    return Result(
+        step=position,
+        evaluation={name.partition("/")[2]: value for name, value in evaluation.items()},
+        goodput=account.goodput(),
+        seconds=account.totals(),
+        throughput=meter.figures(),
+        elapsed_seconds=run.elapsed_seconds(),
+    )
+
+
+def _is_due(every, position):
+    return every is not None and position > 0 and position % every == 0
 
 
 def _compile(run):
@@ -249,7 +270,7 @@ def _restore_or_init(run, initial_params):
     if restored is not None:
         step, tree, metadata = restored
         run.task.check_identity(metadata["data"])
-        run.elapsed_before = metadata["elapsed_seconds"]
+        run.elapsed_before, run.restored_at = metadata["elapsed_seconds"], metadata["position"]
         run.account.merge(metadata["seconds"])
         logging.info("restored step %d from %s", step, run.directory)
         return states.from_tree(tree, abstract), metadata["position"]

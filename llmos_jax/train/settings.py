@@ -42,18 +42,14 @@ class Settings:
     """One experiment, resolved."""
 
     name: str = setting(help="of the experiment")
-    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0)
     model: Any = setting(help="the network", units="llmos_jax.models")
+    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0)
     task: Any = setting({"name": "language"}, help="what to optimise", units="llmos_jax.tasks")
     data: DataConfig = setting(DataConfig(), help="sources and records")
     mesh: MeshConfig = setting(MeshConfig(), help="devices and rules")
     optim: OptimConfig = setting(OptimConfig(), help="optimizer")
     train: TrainConfig = setting(TrainConfig(), help="length and rhythm")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), help="what is saved when")
-
-    def __post_init__(self):
-        if isinstance(self.task, dict):
-            raise ConfigError("settings must be made by config.parse.")
 
 
 # A run directory belongs to what these decide; the rest (mesh, rhythm, checkpoints) may change when a run continues.

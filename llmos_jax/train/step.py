@@ -22,8 +22,8 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
       steps: planned number of steps, or None when only the clock counts.
       microbatches: gradients are accumulated over this many slices of the batch.
 
-    `clock` is the share of the planned wall time that is used up (0 without `max_seconds`). Metrics are float32 scalars
-    on the device. Nothing is read by the host.
+    `clock` is the share of the planned wall time that is used up (0 without `max_seconds`). Metrics are scalars on the
+    device, and the guard's counters under "guard". Nothing is read by the host.
     """
 
     def loss_of(params, batch, key):
@@ -59,6 +59,7 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
             "train/learning_rate": rate,
             "train/skipped_steps": guarded["skipped"],
             "train/tokens": weight,
+            "guard": guarded,
         }
         return state, metrics
 

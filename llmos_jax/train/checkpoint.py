@@ -1,0 +1,379 @@
+"""Verified checkpoints: Orbax writes sharded arrays asynchronously; fingerprints decide whether they are trusted.
+
+A step is one folder that appears whole or not at all. It holds one Orbax item per top-level key of the state (so that
+parameters can be read alone) and a record of names, shapes, fingerprints and metadata. Damage is named, the step renamed
+to `quarantine-STEP`, and the step before it tried; a mere mismatch with the settings is reported and nothing is touched.
+"""
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+
+import jax
+from absl import logging
+
+from llmos_jax.compute import host
+from llmos_jax.config import setting
+from llmos_jax.errors import CheckpointError
+from llmos_jax.train.fingerprint import fingerprints
+from llmos_jax.train.state import leaf_name
+
+_RECORD = "record"
+_FORMAT = 1
+# Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
+_SPARE_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to keep."""
+
+    every_steps: int | None = setting(None, help="steps between saves; the end is always saved", at_least=1)
+    every_seconds: float | None = setting(600.0, help="seconds between saves", above=0.0)
+    keep: int = setting(2, help="newest steps that are kept", at_least=1)
+    keep_every_steps: int | None = setting(None, help="steps divisible by this are kept for ever", at_least=1)
+    is_async: bool = setting(True, help="write while training goes on")
+
+
+class _Damaged(Exception):
+    """A step whose content can't be trusted."""
+
+
+class Checkpointer:
+    """Saves and restores a state (nested dicts of arrays) in `directory`."""
+
+    def __init__(self, directory, config, *, clock=time.monotonic):
+        self.directory, self.config = pathlib.Path(directory).absolute(), config
+        self._clock, self._saved_at = clock, clock()
+        self._engine, self._pending, self._verified = None, None, None
+        self.failures = 0
+
+    def should_save(self, step):
+        """Whether a save is due by step or by time."""
+        if step == 0 or step == self.latest_step():
+            return False
+        is_step = self.config.every_steps is not None and step % self.config.every_steps == 0
+        is_time = self.config.every_seconds is not None and self._clock() - self._saved_at >= self.config.every_seconds
+        return is_step or is_time
+
+    def steps(self):
+        """Returns the complete steps, oldest first."""
+        return _steps(self.directory)
+
+    def latest_step(self):
+        """Returns the newest step that is complete or being written, or None."""
+        steps = self.steps() + ([self._pending] if self._pending is not None else [])
+        return max(steps, default=None)
+
+    def save(self, step, tree, metadata):
+        """Starts to save `tree` and JSON `metadata` as `step`; returns whether it was started.
+
+        Returns when the arrays are copied off the devices (at once when the last save is written). A failure (disk full,
+        folder gone) is logged as an error, counted in `failures` and leaves older steps as they are: training goes on.
+        """
+        self.poll(wait=True)
+        self._saved_at = self._clock()
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _SPARE_BYTES
+        free = host.free_disk_bytes(self.directory)
+        if free < need:
+            self._report(step, f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: make room, or lower checkpoint.keep")
+            return False
+        record = {
+            "format": _FORMAT,
+            "step": step,
+            "leaves": {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in _named(tree).items()},
+            "fingerprints": fingerprints(tree),
+            "metadata": metadata,
+        }
+        record["digest"] = _digest(record)
+        import orbax.checkpoint as ocp
+
+        items = {key: ocp.args.StandardSave({key: value}) for key, value in tree.items()}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            self._open().save(self.directory / str(step), args=ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(record)}))
+        except Exception as error:  # any failure to write must not end the training that it protects
+            self._report(step, error)
+            return False
+        self._pending = step
+        if not self.config.is_async:
+            self.poll(wait=True)
+        return True
+
+    def poll(self, *, wait=False):
+        """Notes the end of the running save, and reports its failure; applies the keep rules after a success."""
+        if self._pending is None:
+            return
+        step = self._pending
+        try:
+            if wait:
+                self._engine.wait_until_finished()
+            else:
+                self._engine.check_for_errors()
+        except Exception as error:  # see save
+            self._pending = None
+            self._report(step, error)
+            return
+        if step in self.steps():
+            self._pending, self._verified = None, step
+            self._prune()
+        elif wait:
+            self._pending = None
+            self._report(step, "its folder is gone")
+
+    def wait(self):
+        """Waits for the running save."""
+        self.poll(wait=True)
+
+    def close(self):
+        """Waits for the running save and lets go of Orbax's threads."""
+        self.wait()
+        self._drop_engine()
+
+    def restore(self, step, abstract):
+        """Returns (tree, metadata) of `step` placed as `abstract` (ShapeDtypeStructs with shardings) says.
+
+        Raises CheckpointError: with a list of leaves when names, shapes or dtypes differ from `abstract`, or naming the
+        damaged leaf when the content is not what was saved.
+        """
+        try:
+            return self._restore(step, abstract)
+        except _Damaged as error:
+            raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}.") from error
+
+    def restore_latest_good(self, abstract):
+        """Returns (step, tree, metadata) of the newest step that verifies, or None when there is no step at all.
+
+        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good: a run
+        never silently starts from scratch.
+        """
+        _remove_leftovers(self.directory)
+        steps = self.steps()
+        for step in reversed(steps):
+            try:
+                tree, metadata = self._restore(step, abstract)
+            except _Damaged as error:
+                target = _quarantine(self.directory / str(step))
+                logging.error("checkpoint step %d is damaged (%s): moved to %s", step, error, target)
+                self._drop_engine()
+                continue
+            self._verified = step
+            return step, tree, metadata
+        if steps or any(self.directory.glob("quarantine-*")):
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is intact (damaged ones are kept as quarantine-STEP): restore one from a "
+                "backup, or start anew with another --workdir."
+            )
+        return None
+
+    def restore_part(self, abstract, *, key, step=None):
+        """Returns one top-level part of a state (`key`, for example "params"): the newest good one, or that of `step`."""
+        steps = self.steps() if step is None else [step]
+        if step is not None and step not in self.steps():
+            raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}.")
+        for candidate in reversed(steps):
+            try:
+                return self._restore(candidate, {key: abstract})[0][key]
+            except _Damaged as error:
+                logging.error("checkpoint step %d is damaged (%s): trying the one before", candidate, error)
+        raise CheckpointError(f"no checkpoint in {self.directory} is intact.")
+
+    def _restore(self, step, abstract):
+        import orbax.checkpoint as ocp
+
+        folder = self.directory / str(step)
+        record = _read_record(folder)
+        wanted = _named(abstract)
+        _compare(folder, record, wanted, parts=tuple(abstract))
+        items = {key: ocp.args.StandardRestore({key: value}) for key, value in abstract.items()}
+        try:
+            restored = self._open().restore(folder, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
+            raise _Damaged(_first_line(error)) from error
+        tree = {key: restored[key][key] for key in abstract}
+        for name, value in fingerprints(tree).items():
+            if record["fingerprints"][name] != value:
+                raise _Damaged(f"leaf {name} has fingerprint {value:08x}, saved was {record['fingerprints'][name]:08x}")
+        return tree, record["metadata"]
+
+    def _open(self):
+        if self._engine is None:
+            import orbax.checkpoint as ocp
+
+            self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+        return self._engine
+
+    def _drop_engine(self):
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def _report(self, step, error):
+        self.failures += 1
+        reason = error if isinstance(error, str) else _first_line(error)
+        logging.error("checkpoint step %d was NOT saved: %s. Training goes on; the next save is tried as planned.", step, reason)
+        if self._engine is not None:  # after a failure Orbax's own state is not to be trusted
+            try:
+                self._engine.close()
+            except Exception as later:  # the same failure, told again
+                logging.debug("closing after a failed save: %s", later)
+            self._engine = None
+
+    def _prune(self):
+        for step in _superfluous(self.steps(), self.config.keep, self.config.keep_every_steps):
+            if step != self._verified:
+                shutil.rmtree(self.directory / str(step), ignore_errors=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointRow:
+    """One step as the `checkpoint` verb shows it."""
+
+    step: int
+    size_bytes: int
+    age_seconds: float
+    is_good: bool
+    message: str
+
+
+def list_checkpoints(directory):
+    """Returns a CheckpointRow per step, oldest first; the record is read, the arrays are not."""
+    rows = []
+    for step in _steps(pathlib.Path(directory)):
+        folder = pathlib.Path(directory) / str(step)
+        try:
+            message = f"{len(_read_record(folder)['leaves'])} arrays"
+            rows.append(_row(folder, step, True, message))
+        except _Damaged as error:
+            rows.append(_row(folder, step, False, str(error)))
+    for folder in sorted(pathlib.Path(directory).glob("quarantine-*")):
+        rows.append(_row(folder, int(folder.name.split("-")[1]), False, f"quarantined as {folder.name}"))
+    return rows
+
+
+def verify_checkpoints(directory):
+    """Returns a CheckpointRow per step after reading every array on one device and comparing fingerprints."""
+    checkpointer, rows = Checkpointer(directory, CheckpointConfig()), []
+    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    for step in checkpointer.steps():
+        folder = checkpointer.directory / str(step)
+        try:
+            abstract = {}
+            for name, (shape, dtype) in _read_record(folder)["leaves"].items():
+                *parents, last = name.split("/")
+                node = abstract
+                for parent in parents:
+                    node = node.setdefault(parent, {})
+                node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+            checkpointer._restore(step, abstract)
+            rows.append(_row(folder, step, True, "every array as it was saved"))
+        except _Damaged as error:
+            rows.append(_row(folder, step, False, str(error)))
+    checkpointer.close()
+    return rows
+
+
+def collect_garbage(directory, *, keep):
+    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names."""
+    directory = pathlib.Path(directory)
+    removed = _remove_leftovers(directory)
+    for folder in sorted(directory.glob("quarantine-*")):
+        shutil.rmtree(folder)
+        removed.append(folder.name)
+    for step in _superfluous(_steps(directory), keep, None):
+        shutil.rmtree(directory / str(step))
+        removed.append(str(step))
+    return removed
+
+
+def format_rows(rows):
+    """Returns CheckpointRows as a table."""
+    lines = [f"{'step':>10} {'MiB':>10} {'age':>8}  state"]
+    for row in rows:
+        state = "ok     " if row.is_good else "DAMAGED"
+        lines.append(f"{row.step:>10} {row.size_bytes / 2**20:>10.1f} {row.age_seconds / 60:>6.0f} m  {state} {row.message}")
+    return "\n".join(lines)
+
+
+def _row(folder, step, is_good, message):
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return CheckpointRow(step, size, time.time() - folder.stat().st_mtime, is_good, message)
+
+
+def _steps(directory):
+    """A step's folder is renamed into place when it is whole; an empty one is no step."""
+    if not directory.is_dir():
+        return []
+    names = [entry for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir()]
+    return sorted(int(entry.name) for entry in names if any(entry.iterdir()))
+
+
+def _superfluous(steps, keep, keep_every):
+    kept = set(steps[-keep:]) | {step for step in steps if keep_every and step % keep_every == 0}
+    return [step for step in steps if step not in kept]
+
+
+def _remove_leftovers(directory):
+    """Removes what a killed save left behind: temporary folders and empty steps."""
+    removed = []
+    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
+        is_empty_step = entry.name.isdigit() and entry.is_dir() and not any(entry.iterdir())
+        if ".orbax-checkpoint-tmp" in entry.name or is_empty_step:
+            shutil.rmtree(entry)
+            removed.append(entry.name)
+    return removed
+
+
+def _quarantine(folder):
+    target, number = folder.with_name(f"quarantine-{folder.name}"), 1
+    while target.exists():
+        number += 1
+        target = folder.with_name(f"quarantine-{folder.name}-{number}")
+    folder.rename(target)
+    return target.name
+
+
+def _read_record(folder):
+    file = folder / _RECORD / "metadata"
+    try:
+        record = json.loads(file.read_text())
+        digest = record.pop("digest")
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise _Damaged(f"its record {file.name} can't be read: {_first_line(error)}") from error
+    if _digest(record) != digest:
+        raise _Damaged("its record was changed after it was written")
+    if record["format"] != _FORMAT:
+        raise CheckpointError(f"{folder} has format {record['format']}; this release reads {_FORMAT}.")
+    return record
+
+
+def _compare(folder, record, wanted, parts):
+    """Raises CheckpointError with a diff when the leaves that are wanted are not those that are there."""
+    there = {name: (tuple(s), d) for name, (s, d) in record["leaves"].items() if name.split("/")[0] in parts}
+    asked = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in wanted.items()}
+    lines = [f"{name} is missing" for name in sorted(set(asked) - set(there))]
+    lines += [f"{name} is not expected" for name in sorted(set(there) - set(asked))]
+    lines += [
+        f"{name} is {there[name][1]}{list(there[name][0])}, expected {asked[name][1]}{list(asked[name][0])}"
+        for name in sorted(set(asked) & set(there))
+        if asked[name] != there[name]
+    ]
+    if lines:
+        more = f" and {len(lines) - 8} more" if len(lines) > 8 else ""
+        raise CheckpointError(f"checkpoint {folder} does not fit these settings: {'; '.join(lines[:8])}{more}.")
+
+
+def _named(tree):
+    return {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _digest(record):
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _first_line(error):
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

@@ -1,0 +1,115 @@
+"""One writer per run directory: a lease file, renewed while its process lives."""
+
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+
+from absl import logging
+
+from llmos_jax.errors import RunDirectoryLocked
+
+LEASE_FILE = "lease.json"
+
+
+class RunDirectoryLease:
+    """Holds a run directory while it is entered; a second holder gets RunDirectoryLocked at once.
+
+    A lease whose process is gone (same host), or that was not renewed for `stale_after_seconds` (another host), is taken
+    over. No file locks: they don't hold on network file systems.
+    """
+
+    def __init__(self, directory, *, stale_after_seconds=60.0):
+        self.file = pathlib.Path(directory) / LEASE_FILE
+        self.stale_after_seconds = stale_after_seconds
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        self._content = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "process_start": process_start(os.getpid()),
+            "token": os.urandom(8).hex(),
+        }
+        while not self._create():
+            self._refuse_or_evict()
+        self._thread = threading.Thread(target=self._renew, daemon=True, name="lease")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+        if self._read() == self._content:
+            self.file.unlink()
+
+    def _create(self):
+        # A hard link appears with its content and fails if the name exists: no reader sees half a lease.
+        temporary = self.file.with_name(f"{LEASE_FILE}.{self._content['token']}")
+        temporary.write_text(json.dumps(self._content))
+        try:
+            os.link(temporary, self.file)
+        except FileExistsError:
+            return False
+        finally:
+            temporary.unlink()
+        return True
+
+    def _refuse_or_evict(self):
+        holder = self._read()
+        try:
+            age = time.time() - self.file.stat().st_mtime
+        except FileNotFoundError:
+            return  # released just now
+        if holder is not None and self._is_alive(holder, age):
+            raise RunDirectoryLocked(
+                f"{self.file.parent} is in use by process {holder['pid']} on {holder['host']} (renewed {age:.0f} s ago): wait "
+                "for it, stop it, or name another --workdir."
+            )
+        logging.warning("taking over %s: its holder %s is gone", self.file.parent, holder)
+        # Renamed before it is removed: of two takers, one finds nothing to rename.
+        evicted = self.file.with_name(f"{LEASE_FILE}.evicted-{self._content['token']}")
+        try:
+            self.file.rename(evicted)
+        except FileNotFoundError:
+            return
+        evicted.unlink()
+
+    def _is_alive(self, holder, age):
+        if holder.get("host") == socket.gethostname():
+            started = process_start(holder["pid"])
+            return started is not None and started == holder.get("process_start")
+        return age < self.stale_after_seconds
+
+    def _read(self):
+        try:
+            content = json.loads(self.file.read_text())
+        except (OSError, ValueError):
+            return None
+        return content if isinstance(content, dict) and {"host", "pid"} <= set(content) else None
+
+    def _renew(self):
+        while not self._stop.wait(self.stale_after_seconds / 6):
+            if self._read() != self._content:
+                logging.error("%s: the lease was taken over by another process; stop one of the two.", self.file.parent)
+                return
+            os.utime(self.file)
+
+
+def process_start(pid):
+    """Returns when a process of this host was started, in ticks since boot, or None when there is none."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass
+    if pathlib.Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)  # no /proc (macOS): whether it lives is all that can be known
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return 0
+    return 0
