@@ -3,8 +3,6 @@
 The public surface, imported lazily so that importing the package has no side effects and costs nothing.
 """
 
-import importlib
-
 _PUBLIC = {
     "load": "llmos_jax.api",
     "load_settings": "llmos_jax.api",
@@ -26,7 +24,9 @@ __version__ = "0.1.0"
 def __getattr__(name):
     if name not in _PUBLIC:
         raise AttributeError(f"module 'llmos_jax' has no attribute {name!r}; public names: {', '.join(__all__)}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    from llmos_jax.config import attribute
+
+    return attribute(_PUBLIC[name], name)
 
 
 def __dir__():

@@ -161,6 +161,11 @@ def differences(old, new, path=""):
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
 
 
+def attribute(module, name):
+    """Returns `module.name`, importing the module: how lazily imported names are found."""
+    return getattr(importlib.import_module(module), name)
+
+
 def unit_names(package):
     """Returns the sorted names of the modules of `package` that define a `Config` and a `build`."""
     root = importlib.import_module(package)
@@ -170,10 +175,10 @@ def unit_names(package):
 
 def unit(package, name, path="name"):
     """Returns the module `package.name` that owns a `Config` and a `build`; ConfigError lists the known ones."""
-    names = unit_names(package)
-    if name not in names:
-        raise ConfigError(f"{path}={name!r} is not a known choice; {_known(name, names)}")
-    return importlib.import_module(f"{package}.{name}")
+    full = f"{package}.{name}"
+    if name.isidentifier() and importlib.util.find_spec(full) and _is_unit(importlib.import_module(full)):
+        return importlib.import_module(full)
+    raise ConfigError(f"{path}={name!r} is not a known choice; {_known(name, unit_names(package))}")
 
 
 def _is_unit(module):

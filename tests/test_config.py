@@ -71,7 +71,13 @@ def test_bad_values_are_named(tree, words):
 
 
 def test_overrides_are_typed_by_their_setting():
-    overrides = [("count", "1e3"), ("inner.rate", "2e-1"), ("inner.names", "a,b"), ("inner.limit", "none"), ("is_on", "true")]
+    overrides = [
+        ("count", "1e3"),
+        ("inner.rate", "2e-1"),
+        ("inner.names", "a,b"),
+        ("inner.limit", "none"),
+        ("is_on", "true"),
+    ]
     parsed = config.parse(Outer, config.apply_overrides({"count": 1, "inner": {"limit": 3}}, overrides))
     assert parsed == Outer(1000, is_on=True, inner=Inner(rate=0.2, names=("a", "b"), limit=None))
     for path, text, word in [

@@ -6,7 +6,6 @@ import pathlib
 import resource
 import shutil
 import sys
-import time
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4

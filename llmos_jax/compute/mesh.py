@@ -17,7 +17,9 @@ class MeshConfig:
     data: int = setting(-1, help="shards of the batch", at_least=-1)
     model: int = setting(1, help="shards of heads, MLP and vocabulary (tensor parallelism)", at_least=-1)
     parameters: str = setting(
-        "replicated", help="parameters over the data axis: replicated, or fsdp (sharded)", choices=("replicated", "fsdp")
+        "replicated",
+        help="parameters over the data axis: replicated, or fsdp (sharded)",
+        choices=("replicated", "fsdp"),
     )
     rules: dict[str, tuple[str, ...]] = setting({}, help="logical axis -> mesh axes, over the rules of `parameters`")
 

@@ -32,7 +32,9 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
     tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
-    validation_fraction: float = setting(0.1, help="share of files (of one text file: its end) for validation", above=0, below=1)
+    validation_fraction: float = setting(
+        0.1, help="share of files (of one text file: its end) for validation", above=0, below=1
+    )
     cache_dir: str | None = setting(None, help="where prepared records are kept; none: $LLMOS_CACHE or ~/.cache/llmos")
     on_corrupt: str = setting("error", help="damaged records: stop, or skip as padding", choices=("error", "skip"))
     max_corrupt: int = setting(100, help="damaged records that may be skipped", at_least=0)
@@ -148,7 +150,9 @@ def _shared_tokenizer(config, folders):
     if config.tokenizer.endswith(".json"):
         asked = load_tokenizer(config.tokenizer)
         if asked.fingerprint != tokenizer.fingerprint:
-            raise DataIdentityMismatch(f"data.tokenizer={config.tokenizer} is not the tokenizer that {folders[0]} was prepared with.")
+            raise DataIdentityMismatch(
+                f"data.tokenizer={config.tokenizer} is not the tokenizer that {folders[0]} was prepared with."
+            )
     return tokenizer
 
 
@@ -181,7 +185,9 @@ def _tokenizer_texts(config, inputs, log):
 
 def _prepare_one(config, item, tokenizer, cache, log):
     """Returns the folder of one raw source's records, writing it if it is not there."""
-    key = fingerprint([item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT])
+    key = fingerprint(
+        [item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT]
+    )
     folder = cache / f"records-{key}"
     if is_store(folder):
         return folder
@@ -245,5 +251,6 @@ def _check(config, store, tokenizer):
     ):
         if asked != there:
             raise DataIdentityMismatch(
-                f"{store.directory} was prepared with {name} {there}, and {asked} is asked for: change the setting or prepare it anew."
+                f"{store.directory} was prepared with {name} {there}, and {asked} is asked for: change the setting, or "
+                "prepare it anew."
             )

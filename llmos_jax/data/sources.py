@@ -164,15 +164,20 @@ def _open(file):
     if file.name.endswith(".gz"):
         return gzip.open(file, "rt", encoding="utf-8")
     if file.name.endswith(".zst"):
-        zstandard = _extra("zstandard", file)
+        try:
+            import zstandard
+        except ImportError:
+            raise _missing_extra("zstandard", file) from None
         return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(file, "rb")), encoding="utf-8")
     return open(file, encoding="utf-8")
 
 
 def _read_parquet(file, text_key):
-    _extra("pyarrow", file)
-    import pyarrow
-    import pyarrow.parquet
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise _missing_extra("pyarrow", file) from None
 
     try:
         table = pyarrow.parquet.ParquetFile(file)
@@ -194,11 +199,8 @@ def _field(record, text_key, where):
     return record[text_key]
 
 
-def _extra(module, file):
-    try:
-        return __import__(module)
-    except ImportError:
-        raise ConfigError(f"{file} needs {module}: pip install 'llmos-jax[data]'.") from None
+def _missing_extra(module, file):
+    return ConfigError(f"{file} needs {module}: pip install 'llmos-jax[data]'.")
 
 
 def _read_tfds(source):
@@ -207,7 +209,13 @@ def _read_tfds(source):
     name = source.path.removeprefix("tfds:")
     try:
         data = tfds.builder(name).as_data_source(split="train")
-    except (tfds.core.DatasetNotFoundError, FileNotFoundError, AssertionError, ValueError, NotImplementedError) as error:
+    except (
+        tfds.core.DatasetNotFoundError,
+        FileNotFoundError,
+        AssertionError,
+        ValueError,
+        NotImplementedError,
+    ) as error:
         where = tfds.core.constants.DATA_DIR
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(f"{source.path} is not prepared in {where} ({reason}): prepare it there as array_record.") from None

@@ -21,7 +21,8 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
     """Writes `splits` ({name: iterator of records}) as a TFDS dataset with its manifest, all or nothing.
 
     Records are dicts of tokens [length + 1], segments [length + 1] and target_bytes (see `text.Packer`). The manifest
-    gains the files of each split with their sizes and record counts; `files` ({name: text}) are laid beside it. A process that dies leaves only a temporary folder.
+    gains the files of each split with their sizes and record counts; `files` ({name: text}) are laid beside it.
+    A process that dies leaves only a temporary folder.
     """
     import tensorflow_datasets as tfds
 
@@ -142,7 +143,9 @@ class Store:
                 ) from error
             self.corrupt.add((split, index))
             if len(self.corrupt) > self.max_corrupt:
-                raise DataError(f"{where} is the damaged record number {len(self.corrupt)}: more than data.max_corrupt.") from error
+                raise DataError(
+                    f"{where} is the damaged record number {len(self.corrupt)}: more than data.max_corrupt."
+                ) from error
             shape = (self.length + 1,)
             return {"tokens": np.zeros(shape, self.dtype), "segments": np.zeros(shape, np.uint16), "target_bytes": 0}
 

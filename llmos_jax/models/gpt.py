@@ -30,7 +30,9 @@ class Config:
     mlp: int = setting(0, help="hidden width of the MLP; 0: 4 x width", at_least=0)
     dropout: float = setting(0.0, help="share of activations dropped in training", at_least=0.0, below=1.0)
     dtype: str = setting(
-        "auto", help="compute dtype; auto: bfloat16 on accelerators, float32 on CPU", choices=("auto", "float32", "bfloat16")
+        "auto",
+        help="compute dtype; auto: bfloat16 on accelerators, float32 on CPU",
+        choices=("auto", "float32", "bfloat16"),
     )
     attention: str = setting(
         "auto",
@@ -65,10 +67,20 @@ class Attention(nnx.Module):
     def __init__(self, config, *, rngs):
         heads, size = config.heads, config.head_size
         self.qkv = Linear(
-            (config.width,), (heads, 3, size), ("embed",), ("heads", None, "head_size"), stddev=_INITIAL_STDDEV, rngs=rngs
+            (config.width,),
+            (heads, 3, size),
+            ("embed",),
+            ("heads", None, "head_size"),
+            stddev=_INITIAL_STDDEV,
+            rngs=rngs,
         )
         self.output = Linear(
-            (heads, size), (config.width,), ("heads", "head_size"), ("embed",), stddev=_residual_stddev(config), rngs=rngs
+            (heads, size),
+            (config.width,),
+            ("heads", "head_size"),
+            ("embed",),
+            stddev=_residual_stddev(config),
+            rngs=rngs,
         )
         self.window, self.implementation = config.window, config.attention
 

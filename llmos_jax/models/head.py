@@ -75,9 +75,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _softmax_parts(piece, weight_VD, placement):
     hidden_BCD = piece[0]
-    logits = jnp.einsum(
-        "BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32
-    )
+    logits = jnp.einsum("BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32)
     if placement is not None:
         logits = placement.constrain(logits, "batch", None, "vocab")
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)

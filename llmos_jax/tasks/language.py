@@ -43,7 +43,8 @@ def build(config, *, model, data, batch_size, seed, log=print):
         )
     if model.context < data.length:
         raise ConfigError(
-            f"model.context={model.context} is shorter than the records' data.length={data.length}; raise one or lower the other."
+            f"model.context={model.context} is shorter than the records' data.length={data.length}; "
+            "raise one or lower the other."
         )
     family = unit("llmos_jax.models", model.name)
     train = Loader(prepared, "train", batch_size=batch_size, seed=seed)

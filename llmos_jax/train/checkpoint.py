@@ -79,7 +79,10 @@ class Checkpointer:
         need = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _SPARE_BYTES
         free = host.free_disk_bytes(self.directory)
         if free < need:
-            self._report(step, f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: make room, or lower checkpoint.keep")
+            self._report(
+                step,
+                f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: make room, or lower checkpoint.keep",
+            )
             return False
         record = {
             "format": _FORMAT,
@@ -94,7 +97,9 @@ class Checkpointer:
         items = {key: ocp.args.StandardSave({key: value}) for key, value in tree.items()}
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._open().save(self.directory / str(step), args=ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(record)}))
+            self._open().save(
+                self.directory / str(step), args=ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(record)})
+            )
         except Exception as error:  # any failure to write must not end the training that it protects
             self._report(step, error)
             return False
@@ -214,7 +219,9 @@ class Checkpointer:
     def _report(self, step, error):
         self.failures += 1
         reason = error if isinstance(error, str) else _first_line(error)
-        logging.error("checkpoint step %d was NOT saved: %s. Training goes on; the next save is tried as planned.", step, reason)
+        logging.error(
+            "checkpoint step %d was NOT saved: %s. Training goes on; the next save is tried as planned.", step, reason
+        )
         if self._engine is not None:  # after a failure Orbax's own state is not to be trusted
             try:
                 self._engine.close()

@@ -39,14 +39,18 @@ def judge(config, guard, step, loss, square_norms):
     first = guard["norm_mean"] == 0
     mean = jnp.where(first, norm, guard["norm_mean"] + _NORM_UPDATE * (norm - guard["norm_mean"]))
     skipped = (~is_good).astype(jnp.int32)
-    return is_good, norm, {
-        "skipped": guard["skipped"] + skipped,
-        "skipped_in_a_row": jnp.where(is_good, 0, guard["skipped_in_a_row"] + 1).astype(jnp.int32),
-        "norm_mean": jnp.where(is_good, mean, guard["norm_mean"]),
-        "bad_leaf": jnp.where(is_good, guard["bad_leaf"], bad_leaf),
-        "bad_batch": jnp.where(is_good, guard["bad_batch"], guard["seen"]).astype(jnp.int32),
-        "seen": guard["seen"] + 1,
-    }
+    return (
+        is_good,
+        norm,
+        {
+            "skipped": guard["skipped"] + skipped,
+            "skipped_in_a_row": jnp.where(is_good, 0, guard["skipped_in_a_row"] + 1).astype(jnp.int32),
+            "norm_mean": jnp.where(is_good, mean, guard["norm_mean"]),
+            "bad_leaf": jnp.where(is_good, guard["bad_leaf"], bad_leaf),
+            "bad_batch": jnp.where(is_good, guard["bad_batch"], guard["seen"]).astype(jnp.int32),
+            "seen": guard["seen"] + 1,
+        },
+    )
 
 
 def check(config, guard, leaf_names):

@@ -32,7 +32,8 @@ class MetricsWriter:
             temporary = self.file.with_suffix(".tmp")
             temporary.write_text("".join(_line(entry) for entry in kept))
             temporary.replace(self.file)
-        self._stream = open(self.file, "a", buffering=1)  # line by line: a killed run loses at most half a line
+        # Line by line: a killed run loses at most half a line.
+        self._stream = open(self.file, "a", buffering=1)  # noqa: SIM115  closed by close()
 
     def write(self, step, values):
         """Writes flat metrics `area/name_unit`: numbers, text or lists of JSON values."""

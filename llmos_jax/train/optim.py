@@ -67,9 +67,7 @@ def make_optimizer(config, parameters):
     """
     is_decayed = jax.tree.map(lambda info: info.kind != "vector", parameters)
     if config.name == "adamw":
-        return optax.adamw(
-            1.0, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=is_decayed
-        )
+        return optax.adamw(1.0, config.beta1, config.beta2, config.epsilon, weight_decay=config.weight_decay, mask=is_decayed)
     if config.name == "lion":
         return optax.lion(1.0, config.beta1, config.beta2, weight_decay=config.weight_decay, mask=is_decayed)
     if config.name == "adafactor":

@@ -30,9 +30,7 @@ class TrainConfig:
         if self.steps is None and self.max_seconds is None:
             raise ConfigError("train.steps and train.max_seconds are both none: training would never end; set one.")
         if self.batch_size % self.microbatches:
-            raise ConfigError(
-                f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}."
-            )
+            raise ConfigError(f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}.")
         if self.profile_steps and len(self.profile_steps) != 2:
             raise ConfigError(f"train.profile_steps={list(self.profile_steps)} must be two steps: first, last.")
 
@@ -59,8 +57,9 @@ IDENTITY = ("name", "seed", "model", "task", "data", "optim")
 def check_batch(settings, placement):
     """Raises ConfigError when the batch can't be cut into data shards x microbatches."""
     shards, train = placement.axis_size("batch"), settings.train
-    if train.batch_size % (shards * train.microbatches):
+    multiple = shards * train.microbatches
+    if train.batch_size % multiple:
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not divisible by {shards} data shards x train.microbatches="
-            f"{train.microbatches}; the next size that is: {-(-train.batch_size // (shards * train.microbatches)) * shards * train.microbatches}."
+            f"{train.microbatches}; the next size that is: {-(-train.batch_size // multiple) * multiple}."
         )

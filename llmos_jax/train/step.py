@@ -73,9 +73,7 @@ def accumulate(gradient, params, batch, key, microbatches):
     """
     if microbatches == 1:
         return gradient(params, batch, key)
-    slices = jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    slices = jax.tree.map(lambda x: x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(sums, item):
         piece, index = item

@@ -34,9 +34,7 @@ def compare_gradients(function, reference, arguments, tolerance=2e-5):
     ],
 )
 def test_matmul(x, weight, contracted, formula):
-    compare_gradients(
-        lambda x, w: layers.matmul(x, w, contracted), lambda x, w: jnp.einsum(formula, x, w), arrays(x, weight)
-    )
+    compare_gradients(lambda x, w: layers.matmul(x, w, contracted), lambda x, w: jnp.einsum(formula, x, w), arrays(x, weight))
 
 
 def test_matmul_keeps_weight_gradients_in_float32():

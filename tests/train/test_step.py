@@ -244,7 +244,9 @@ def test_every_optimizer_learns(name):
 
 
 def test_muon_orthogonalises_the_matrices():
-    trainer = Trainer(config=optim.OptimConfig(name="muon", learning_rate=1.0, weight_decay=0.0, schedule="constant", warmup=0.0))
+    trainer = Trainer(
+        config=optim.OptimConfig(name="muon", learning_rate=1.0, weight_decay=0.0, schedule="constant", warmup=0.0)
+    )
     before = trainer.params()["stack"]["blocks"]["up"]["weight"]
     trainer.run(make_batches(1))
     update = trainer.params()["stack"]["blocks"]["up"]["weight"] - before

@@ -1,0 +1,26 @@
+"""Every test sees eight virtual CPU devices and a cache folder of its own session."""
+
+import os
+import tempfile
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+_CACHE = tempfile.TemporaryDirectory(prefix="llmos-tests-")
+os.environ["LLMOS_CACHE"] = _CACHE.name
+
+import jax  # noqa: E402  the environment above decides what it sees
+import pytest  # noqa: E402
+
+# Programs that several tests compile are compiled once.
+jax.config.update("jax_compilation_cache_dir", os.path.join(_CACHE.name, "compile"))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden from today's settings")
+
+
+@pytest.fixture(scope="session")
+def cache_directory():
+    """The session's cache: prepared data and compiled programs are shared by the tests that start processes."""
+    return _CACHE.name
