@@ -8,6 +8,7 @@ import io
 import json
 import pathlib
 import sysconfig
+import zlib
 
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError, DataError
@@ -146,16 +147,21 @@ def _read_text(file, text_key):
 
 
 def _read_jsonl(file, text_key):
-    found = False
+    number, found = 0, False
     with _open(file) as stream:
-        try:
-            for number, line in enumerate(stream, 1):
-                if not line.strip():
-                    continue
-                yield f":{number}", _field(json.loads(line), text_key, f"{file}, line {number}")
+        lines = iter(stream)
+        while True:
+            try:
+                line = next(lines, None)
+                number += 1
+                if line is None:
+                    break
+                record = json.loads(line) if line.strip() else None
+            except (ValueError, EOFError, zlib.error, OSError) as error:
+                raise DataError(f"{file} is damaged near line {max(number, 1)}: {error}.") from None
+            if record is not None:
+                yield f":{number}", _field(record, text_key, f"{file}, line {number}")
                 found = True
-        except (UnicodeDecodeError, json.JSONDecodeError, EOFError, gzip.BadGzipFile) as error:
-            raise DataError(f"{file} is damaged near line {number + 1 if found else 1}: {error}.") from None
     if not found:
         raise DataError(f"{file} is empty.")
 
@@ -168,8 +174,29 @@ def _open(file):
             import zstandard
         except ImportError:
             raise _missing_extra("zstandard", file) from None
-        return io.TextIOWrapper(zstandard.ZstdDecompressor().stream_reader(open(file, "rb")), encoding="utf-8")
+        return io.TextIOWrapper(_ZstdFile(zstandard, file), encoding="utf-8")
     return open(file, encoding="utf-8")
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstandard file whose damage is an OSError, as that of every other file is."""
+
+    def __init__(self, zstandard, file):
+        self._error, self._raw = zstandard.ZstdError, open(file, "rb")
+        self._stream = zstandard.ZstdDecompressor().stream_reader(self._raw)
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        try:
+            return self._stream.readinto(buffer)
+        except self._error as error:
+            raise OSError(str(error)) from None
+
+    def close(self):
+        self._raw.close()
+        super().close()
 
 
 def _read_parquet(file, text_key):

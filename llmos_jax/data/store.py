@@ -40,7 +40,7 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
                     "target_bytes": tfds.features.Scalar(dtype=np.int32),
                 }
             )
-            return tfds.core.DatasetInfo(builder=self, features=features)
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
         def _split_generators(self, _):
             return {name: enumerate(records) for name, records in splits.items()}

@@ -1,7 +1,7 @@
 """Attention behind one function: masks as data, kernels by platform, refusals in a sentence. Knows no parameters.
 
-Masks mean the same in every kernel. Causal: position i sees j <= i. Window: i sees i - window < j <= i. Segments: i sees
-j of the same id. `reference` is the numeric truth that every other form is tested against.
+Masks mean the same in every kernel. Causal: position i sees j <= i. Window: i sees i - window < j <= i. Segments: i
+sees j of the same id. `reference` is the numeric truth that every other form is tested against.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def attend(
     """Returns softmax(scale x query key^T + mask) value, [B, L, H, K] in the query's dtype.
 
     H is a multiple of G (grouped-query attention: H / G consecutive query heads share a key-value head). `segments_BL`:
-    int32 ids, only equal ids see each other; rows of id 0 (padding) come out finite. `window` needs `is_causal`. L and M
-    may differ only without causal mask, window and segments. `scale` is 1 / sqrt(K) unless given.
+    int32 ids, only equal ids see each other; rows of id 0 (padding) come out finite. `window` needs `is_causal`. L and
+    M may differ only without causal mask, window and segments. `scale` is 1 / sqrt(K) unless given.
 
     `implementation`: "reference" (all scores in float32), "blocked" (query blocks, made for XLA:CPU), "xla"
     (`jax.nn.dot_product_attention`), "cudnn" (flash attention, NVIDIA), "splash" (Pallas, TPU), or "auto": blocked on
@@ -142,7 +142,7 @@ def _choose(implementation, call):
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "auto":
-        candidates = _PREFERRED[call.platform]
+        candidates = _PREFERRED.get(call.platform, ("xla",))
         return next((name for name in candidates if _refusal(name, call) is None), candidates[-1])
     refusal = _refusal(implementation, call)
     if refusal is not None:

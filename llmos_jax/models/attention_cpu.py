@@ -1,9 +1,9 @@
-"""Blocked attention: query blocks that skip every key their mask hides, and keep no probabilities for the backward pass.
+"""Blocked attention: query blocks skip the keys that their mask hides; the backward pass needs no stored probabilities.
 
 Plain JAX operations in an order that suits XLA:CPU; it runs, shards and differentiates (once) anywhere. Per block of
-queries one product gives the scores of the keys that the block may see at all. Only the log-sum-exp of each row is kept;
-the backward pass computes the probabilities again from it (FlashAttention-2, Dao 2023, without its tiling over keys).
-Batch and key-value heads stay dimensions of their own, so that GSPMD can shard both.
+queries one product gives the scores of the keys that the block may see at all. Only the log-sum-exp of each row is
+kept; the backward pass computes the probabilities again from it (FlashAttention-2, Dao 2023, without its tiling over
+keys). Batch and key-value heads stay dimensions of their own, so that GSPMD can shard both.
 """
 
 import functools

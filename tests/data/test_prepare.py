@@ -1,0 +1,221 @@
+"""Sources to records: what is read, split, cached, refused, and what damage is named."""
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from llmos_jax.data.loader import Loader
+from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare
+from llmos_jax.data.store import MANIFEST_FILE, Store
+from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
+
+WORDS = [f"Document number {number} speaks of {number * number}.\n" * 5 for number in range(60)]
+
+
+def config(path, tmp_path, **choices):
+    source = SourceConfig(path=str(path), text_key=choices.pop("text_key", "text"))
+    return DataConfig(**(dict(sources=(source,), tokenizer="byte", length=64, cache_dir=str(tmp_path / "cache")) | choices))
+
+
+def texts_of(prepared, split):
+    """All text of a split, joined, as the records hold it."""
+    store = prepared.stores[0][0]
+    records = store.records(split, range(store.count(split)))
+    first = records["tokens"][0, :1]
+    stream = np.concatenate(
+        [first, *[row[1:][seg[1:] > 0] for row, seg in zip(records["tokens"], records["segments"], strict=True)]]
+    )
+    return [prepared.tokenizer.decode(part) for part in np.split(stream, np.flatnonzero(stream == prepared.tokenizer.end_id))][
+        1:-1
+    ]
+
+
+def write(kind, folder):
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in WORDS)
+    if kind == "folder":
+        for number, text in enumerate(WORDS):
+            (folder / f"{number}.txt").write_text(text)
+        return folder
+    file = folder / {"jsonl": "d.jsonl", "gz": "d.jsonl.gz", "zst": "d.jsonl.zst", "parquet": "d.parquet"}[kind]
+    if kind == "jsonl":
+        file.write_text(lines)
+    elif kind == "gz":
+        file.write_bytes(gzip.compress(lines.encode()))
+    elif kind == "zst":
+        file.write_bytes(zstandard.compress(lines.encode()))
+    else:
+        pyarrow.parquet.write_table(pyarrow.table({"text": WORDS}), file)
+    return file
+
+
+@pytest.mark.parametrize("kind", ["folder", "jsonl", "gz", "zst", "parquet"])
+def test_every_kind_of_source_arrives_whole(kind, tmp_path):
+    prepared = prepare(config(write(kind, tmp_path / "in"), tmp_path), log=lambda line: None)
+    train, validation = texts_of(prepared, "train"), texts_of(prepared, "validation")
+    assert sorted(train + validation) == sorted(WORDS)
+    assert validation and len(validation) < len(train)
+    assert prepared.validation_bytes == sum(len(text) for text in validation)
+    assert prepared.validation_gzip_bytes == len(gzip.compress("".join(validation).encode(), 9))
+
+
+def test_the_end_of_a_single_text_is_validation(tmp_path):
+    text = "".join(f"line {number}\n" for number in range(1000))
+    (tmp_path / "t.txt").write_text(text)
+    prepared = prepare(config(tmp_path / "t.txt", tmp_path), log=lambda line: None)
+    assert texts_of(prepared, "train")[0] + texts_of(prepared, "validation")[0] == text
+    assert len(texts_of(prepared, "validation")[0]) == round(len(text) / 10)
+
+
+def test_prepared_once_and_again_when_the_content_changes(tmp_path):
+    folder = write("folder", tmp_path / "in")
+    first = prepare(config(folder, tmp_path), log=lambda line: None)
+    lines = []
+    second = prepare(config(folder, tmp_path), log=lines.append)
+    assert first.stores[0][0].directory == second.stores[0][0].directory and not lines
+    (folder / "3.txt").write_text("changed")
+    third = prepare(config(folder, tmp_path), log=lambda line: None)
+    assert third.stores[0][0].directory != first.stores[0][0].directory
+    assert not list((tmp_path / "cache").glob("*.tmp*"))
+
+
+def test_tfds_source(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    class Sayings(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict({"text": tfds.features.Text()}))
+
+        def _split_generators(self, _):
+            return {"train": ((number, {"text": text}) for number, text in enumerate(WORDS))}
+
+        def _generate_examples(self):
+            raise AssertionError
+
+    Sayings(file_format="array_record", data_dir=tmp_path / "tfds").download_and_prepare()
+    real = tfds.builder
+    monkeypatch.setattr(tfds, "builder", lambda name: real(name, data_dir=tmp_path / "tfds"))
+    prepared = prepare(config("tfds:sayings", tmp_path), log=lambda line: None)
+    assert sorted(texts_of(prepared, "train") + texts_of(prepared, "validation")) == sorted(WORDS)
+    with pytest.raises(ConfigError, match="tfds:no_such_set"):
+        prepare(config("tfds:no_such_set", tmp_path))
+
+
+def test_bad_files_of_a_folder_are_named_and_counted(tmp_path):
+    folder = write("folder", tmp_path / "in")
+    (folder / "empty.txt").write_text("")
+    (folder / "binary.txt").write_bytes(b"\0\1\2")
+    (folder / "latin.txt").write_bytes("café".encode("latin-1"))
+    lines = []
+    prepare(config(folder, tmp_path), log=lines.append)
+    text = "\n".join(lines)
+    assert "left out 3 of 63 files" in text
+    assert all(word in text for word in ("empty.txt is empty", "binary.txt is binary", "latin.txt is not UTF-8 (byte 3)"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"", "empty.txt is empty"),
+        ("blank.txt", b" \n\n", "blank.txt is empty"),
+        ("binary.txt", b"ab\0cd", "binary.txt is binary"),
+        ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8"),
+        ("x.jsonl", b'{"text": "a"}\n{broken\n', "x.jsonl is damaged near line 2"),
+        ("y.jsonl", b'{"body": "a"}\n', "y.jsonl, line 1 has no text in 'text'.*body"),
+        ("z.jsonl.gz", b"no gzip", "z.jsonl.gz"),
+        ("z.jsonl.zst", b"no zstd", "z.jsonl.zst"),
+        ("w.parquet", b"PAR1 not", "w.parquet is not a parquet file"),
+    ],
+)
+def test_a_bad_single_file_is_named(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        prepare(config(tmp_path / name, tmp_path), log=lambda line: None)
+
+
+def test_missing_and_unusable_sources(tmp_path):
+    (tmp_path / "corpus.txt").write_text("x")
+    with pytest.raises(ConfigError, match="did you mean .*corpus.txt"):
+        prepare(config(tmp_path / "corpsu.txt", tmp_path))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(DataError, match="empty folder"):
+        prepare(config(tmp_path / "nothing", tmp_path))
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "a.bin").write_bytes(b"\0")
+    (tmp_path / "one" / "b.bin").write_bytes(b"\0")
+    with pytest.raises(DataError, match="none of its 2 files holds text"):
+        prepare(config(tmp_path / "one", tmp_path), log=lambda line: None)
+    with pytest.raises(ConfigError, match="no package"):
+        prepare(config("stdlib:no_such_package", tmp_path))
+
+
+def test_prepared_folder_as_source_and_its_mismatches(tmp_path):
+    first = prepare(config(write("folder", tmp_path / "in"), tmp_path), log=lambda line: None)
+    folder = first.stores[0][0].directory
+    again = prepare(config(folder, tmp_path))
+    assert again.stores[0][0].identity == first.stores[0][0].identity
+    with pytest.raises(DataIdentityMismatch, match="data.length 64, and 32"):
+        prepare(config(folder, tmp_path, length=32))
+    bpe = prepare(config(tmp_path / "in", tmp_path, tokenizer="bpe:300"), log=lambda line: None).stores[0][0].directory
+    with pytest.raises(DataIdentityMismatch, match="data.tokenizer=byte"):
+        prepare(config(bpe, tmp_path))
+    mixed = DataConfig(sources=tuple(SourceConfig(path=str(p)) for p in (folder, bpe)), tokenizer="byte", length=64)
+    with pytest.raises(DataIdentityMismatch, match="tokenizer"):
+        prepare(mixed)
+
+
+def damaged_store(tmp_path):
+    prepared = prepare(config(write("folder", tmp_path / "in"), tmp_path), log=lambda line: None)
+    store = prepared.stores[0][0]
+    return prepared, store, store.directory / store.manifest["files"]["train"][0]["name"]
+
+
+def test_cut_empty_foreign_and_missing_records(tmp_path):
+    """Row D1: refused when the store is opened, naming the file."""
+    _, store, file = damaged_store(tmp_path)
+    content = file.read_bytes()
+    for bad in (content[:-10], b"", b"something else entirely"):
+        file.write_bytes(bad)
+        with pytest.raises(DataError, match=f"{file.name} has {len(bad)} bytes"):
+            Store(store.directory)
+    file.unlink()
+    with pytest.raises(DataError, match=f"{file.name} is missing"):
+        Store(store.directory)
+    file.write_bytes(content)
+    (store.directory / MANIFEST_FILE).write_text("{")
+    with pytest.raises(DataError, match="manifest.json can't be read"):
+        Store(store.directory)
+
+
+def test_corrupt_records_are_named_or_skipped(tmp_path):
+    """Row D1: a flipped byte is found when its record is read; `skip` is counted and capped."""
+    prepared, store, file = damaged_store(tmp_path)
+    count = store.count("train")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+    with pytest.raises(DataError, match=rf"record \d+ of .*{file.name} is damaged"):
+        Store(store.directory).records("train", range(count))
+    skipping = Store(store.directory, on_corrupt="skip", max_corrupt=count)
+    records = skipping.records("train", range(count))
+    assert len(records["tokens"]) == count and 1 <= len(skipping.corrupt) <= count
+    bad = [index for _, index in skipping.corrupt]
+    assert not records["segments"][bad].any() and not records["target_bytes"][bad].any()
+    with pytest.raises(DataError, match="more than data.max_corrupt"):
+        Store(store.directory, on_corrupt="skip", max_corrupt=0).records("train", range(count))
+
+
+def test_the_standard_library_is_a_corpus(tmp_path):
+    prepared = prepare(config("stdlib:json", tmp_path, validation_fraction=0.3), log=lambda line: None)
+    assert "def loads" in "".join(texts_of(prepared, "train") + texts_of(prepared, "validation"))
+    loader = Loader(prepared, "train", batch_size=4, seed=0)
+    assert loader.rows(0, 0, 4)["tokens"].shape == (4, 64)
+    assert pathlib.Path(prepared.stores[0][0].directory).parent == tmp_path / "cache"

@@ -1,0 +1,66 @@
+"""Tokenizers: exact round trips, streaming, refusals."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_jax.data import tokenizer as lib
+from llmos_jax.errors import ConfigError, DataError
+
+TEXTS = ["def f(x):\n    return x + 1\n", "naïve café ☕ 你好", "import os, sys\n"] * 20
+BPE = lib.train_bpe(TEXTS, 300)
+BOTH = pytest.mark.parametrize("tokenizer", [lib.ByteTokenizer(), BPE], ids=["byte", "bpe"])
+
+
+@BOTH
+@settings(max_examples=60, deadline=None)
+@given(text=st.text())
+def test_round_trip(tokenizer, text):
+    text = text.encode("utf-8", "ignore").decode()
+    tokens = tokenizer.encode(text)
+    assert tokenizer.decode(tokens) == text
+    assert tokenizer.token_byte_lengths[tokens].sum() == len(text.encode())
+    assert tokenizer.end_id not in tokens
+
+
+@BOTH
+def test_streaming_never_splits_a_character(tokenizer):
+    text = "a☕b你好c\U0001f600"
+    decoder = tokenizer.stream_decoder()
+    pieces = [decoder.push(token) for token in tokenizer.encode(text)]
+    assert "".join(pieces) + decoder.flush() == text
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = tokenizer.stream_decoder()
+    cut.push(tokenizer.encode("☕")[0])
+    assert cut.flush() in ("\ufffd", "")
+
+
+def test_the_end_token_cannot_be_spelled():
+    assert BPE.end_id not in BPE.encode(f"a{lib.END_TEXT}b")
+    assert BPE.decode(BPE.encode(f"a{lib.END_TEXT}b")) == f"a{lib.END_TEXT}b"
+
+
+@BOTH
+def test_saved_and_loaded(tokenizer, tmp_path):
+    lib.save_tokenizer(tokenizer, tmp_path / "t.json")
+    loaded = lib.load_tokenizer(tmp_path / "t.json")
+    assert loaded.fingerprint == tokenizer.fingerprint and loaded.vocab_size == tokenizer.vocab_size
+    np.testing.assert_array_equal(loaded.encode(TEXTS[1]), tokenizer.encode(TEXTS[1]))
+    np.testing.assert_array_equal(loaded.encode_batch(TEXTS[:2])[1], tokenizer.encode(TEXTS[1]))
+
+
+def test_vocabulary_size_is_what_was_asked_for():
+    assert BPE.vocab_size == 300
+    assert lib.ByteTokenizer.vocab_size == 257
+
+
+def test_refusals(tmp_path):
+    for content in ["", "{}", "[1]", '{"model": 3}', "\0"]:
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match="bad.json"):
+            lib.load_tokenizer(tmp_path / "bad.json")
+    with pytest.raises(ConfigError, match="must be byte, bpe:SIZE"):
+        lib.make_tokenizer("sentencepiece", [])
+    with pytest.raises(ConfigError, match="bpe:100 is too small"):
+        lib.make_tokenizer("bpe:100", TEXTS)
