@@ -1,0 +1,324 @@
+"""Every attention kernel against one naive reference; the reference against numpy; refusals; sharding; the cache."""
+
+import functools
+import re
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.errors import ConfigError
+from llmos_jax.models.attention import attend, attend_cached
+
+MASKS = {
+    "none": {"is_causal": False},
+    "causal": {},
+    "segments": {"is_causal": False, "segments": True},
+    "window": {"window": 9},
+    "causal+segments": {"segments": True},
+    "window+segments": {"window": 70, "segments": True},
+}
+ON_TPU = types.SimpleNamespace(platform="tpu", mesh=None)
+ON_GPU = types.SimpleNamespace(platform="gpu", mesh=None)
+
+
+def inputs(length, repeats=1, *, batch=2, groups=2, size=16, seed=0, dtype=jnp.float32):
+    """Returns random query, key, value and the output's gradient."""
+    random = np.random.default_rng(seed)
+    heads = (groups * repeats, groups, groups, groups * repeats)
+    return [jnp.asarray(random.standard_normal((batch, length, h, size)), dtype) for h in heads]
+
+
+def segments_of(length, batch=2):
+    """Returns rows of a few documents followed by padding (0); lengths differ by row."""
+    borders = [np.random.default_rng(row).integers(0, length + 1, 3) for row in range(batch)]
+    rows = [np.searchsorted(np.sort(border), np.arange(length), side="right") + 1 for border in borders]
+    return jnp.asarray(np.where(np.asarray(rows) == 4, 0, rows), jnp.int32)
+
+
+def make_step(implementation, *, segments=None, placement=None, **masks):
+    """Returns a function of query, key, value and the output's gradient to the output and the three gradients."""
+
+    def step(query, key, value, gradient):
+        kernel = functools.partial(
+            attend, segments_BL=segments, implementation=implementation, placement=placement, **masks
+        )
+        output, backward = jax.vjp(kernel, query, key, value)
+        return output, *backward(gradient)
+
+    return step
+
+
+def run(implementation, tensors, *, segments=False, **masks):
+    """Returns the output and the three gradients, computed."""
+    segments_BL = segments_of(tensors[0].shape[1], tensors[0].shape[0]) if segments else None
+    step = make_step(implementation, segments=segments_BL, **masks)
+    # Compiling takes most of these tests' time, and unoptimised machine code computes the same.
+    return jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})(*tensors)
+
+
+def assert_equal(actual, expected, tolerance=1e-5):
+    for name, a, e in zip(("output", "query", "key", "value"), actual, expected, strict=True):
+        assert a.shape == e.shape and a.dtype == e.dtype
+        np.testing.assert_allclose(a, e, atol=tolerance * max(1.0, float(jnp.abs(e).max())), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_reference_is_the_definition(mask):
+    masks = dict(MASKS[mask])
+    query, key, value, _ = (np.asarray(x, np.float64) for x in inputs(23, 2))
+    segments = np.asarray(segments_of(23)) if masks.get("segments") else np.zeros((2, 23))
+    expected = np.zeros_like(query)
+    for b, i, h in np.ndindex(2, 23, 4):
+        seen = [
+            j
+            for j in range(23)
+            if (j <= i or not masks.get("is_causal", True))
+            and j > i - masks.get("window", 99)
+            and segments[b, i] == segments[b, j]
+        ]
+        weights = np.exp(key[b, seen, h // 2] @ query[b, i, h] / 4.0)
+        expected[b, i, h] = weights @ value[b, seen, h // 2] / weights.sum()
+    np.testing.assert_allclose(run("reference", inputs(23, 2), **masks)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "mask, repeats, length",
+    [
+        *((mask, repeats, 130) for mask in MASKS for repeats in (1, 2)),
+        *((mask, 2, length) for mask in ("none", "causal", "window+segments") for length in (1, 7, 64)),
+        ("window+segments", 1, 255),
+    ],
+)
+def test_kernels_equal_the_reference(mask, repeats, length):
+    tensors = inputs(length, repeats)
+    expected = run("reference", tensors, **MASKS[mask])
+    assert all(np.isfinite(x).all() for x in expected)
+    for implementation in ("blocked", "xla"):
+        assert_equal(run(implementation, tensors, **MASKS[mask]), expected)
+    for implementation in ("cudnn", "splash"):
+        with pytest.raises(ConfigError, match=f"{implementation}.*the devices are cpu"):
+            run(implementation, tensors, **MASKS[mask])
+
+
+@pytest.fixture
+def interpreted_splash(monkeypatch):
+    """Makes splash attention's kernels run on CPU, by Pallas's interpreter."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+
+
+@pytest.mark.parametrize(
+    "mask, repeats, length", [*((mask, 2, 128) for mask in MASKS), ("causal", 1, 128), ("window+segments", 1, 640)]
+)
+def test_splash_equals_the_reference(mask, repeats, length, interpreted_splash):
+    tensors = inputs(length, repeats, groups=1)
+    actual = run("splash", tensors, placement=ON_TPU, **MASKS[mask])
+    assert_equal(actual, run("reference", tensors, **MASKS[mask]))
+
+
+def test_blocked_keeps_dtype_and_takes_other_key_lengths_and_scale():
+    tensors = inputs(96, 2, dtype=jnp.bfloat16)
+    assert_equal(run("blocked", tensors, segments=True), run("reference", tensors, segments=True), tolerance=2e-2)
+    query, key, value, gradient = inputs(70, 2)
+    tensors = query, key[:, :33], value[:, :33], gradient
+    masks = {"is_causal": False, "scale": 0.7}
+    for implementation in ("blocked", "xla"):
+        assert_equal(run(implementation, tensors, **masks), run("reference", tensors, **masks))
+
+
+def test_blocked_skips_what_the_mask_hides():
+    def flops(**masks):
+        query, key, value, _ = inputs(1024, batch=1, groups=1)
+        compiled = (
+            jax.jit(functools.partial(attend, implementation="blocked", **masks)).lower(query, key, value).compile()
+        )
+        return compiled.cost_analysis()["flops"]
+
+    everything = flops(is_causal=False)
+    assert flops() < 0.6 * everything
+    assert flops(window=64) < 0.2 * everything
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "xla", "reference"])
+def test_large_scores_and_padding_stay_finite(implementation):
+    query, key, value, gradient = inputs(66)
+    for result in run(implementation, (100 * query, 100 * key, value, gradient), segments=True):
+        assert np.isfinite(result).all()
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "splash"])
+def test_sharded_over_rows_and_heads_equals_one_device(implementation, interpreted_splash):
+    placement = make_placement(MeshConfig(data=4, model=2))
+    length = {"blocked": 130, "splash": 128}[implementation]
+    tensors, masks = inputs(length, 2, batch=4), {"window": 100}
+    segments_BL = segments_of(length, 4)
+    kernel_placement = placement
+    if implementation == "splash":
+        kernel_placement = types.SimpleNamespace(
+            platform="tpu", mesh=placement.mesh, spec=placement.spec, axis_size=placement.axis_size
+        )
+    sharding = placement.sharding("batch", None, "heads", None)
+    sharded = [jax.device_put(x, sharding) for x in tensors]
+    step = make_step(implementation, segments=segments_BL, placement=kernel_placement, **masks)
+    program = jax.jit(step).lower(*sharded).compile()
+    # A shard_map's backward pass sums over mesh axes that its specs do not name (here of size 1), hence splash's reduce.
+    collectives = set(re.findall("all-gather|all-to-all|collective-permute|all-reduce", program.as_text()))
+    assert collectives <= {"blocked": set(), "splash": {"all-reduce"}}[implementation]
+    actual = program(*sharded)
+    for result in actual:
+        assert result.sharding.is_equivalent_to(sharding, 4)
+    assert_equal(actual, run("reference", tensors, segments=True, **masks))
+
+
+def test_splash_copies_key_value_heads_that_are_fewer_than_shards(interpreted_splash):
+    placement = make_placement(MeshConfig(data=4, model=2))
+    on_tpu = types.SimpleNamespace(
+        platform="tpu", mesh=placement.mesh, spec=placement.spec, axis_size=placement.axis_size
+    )
+    tensors = inputs(128, 2, batch=4, groups=1)
+    assert_equal(jax.jit(make_step("splash", placement=on_tpu))(*tensors), run("reference", tensors))
+
+
+def test_combinations_that_no_kernel_takes_are_refused():
+    query, key, value, _ = inputs(8, 2)
+    with pytest.raises(ConfigError, match="do not fit keys"):
+        attend(query[:, :, :3], key, value)
+    with pytest.raises(ConfigError, match="do not fit keys"):
+        attend(query, key, value[:, :5])
+    with pytest.raises(ConfigError, match=r"window=4 with is_causal=False"):
+        attend(query, key, value, window=4, is_causal=False)
+    with pytest.raises(ConfigError, match="a window is at least 1"):
+        attend(query, key, value, window=0)
+    with pytest.raises(ConfigError, match="8 queries and 5 keys"):
+        attend(query, key[:, :5], value[:, :5])
+    with pytest.raises(ConfigError, match="segments"):
+        attend(query, key, value, segments_BL=jnp.zeros((2, 9), jnp.int32))
+    with pytest.raises(ConfigError, match="'flash' is not one of auto, reference"):
+        attend(query, key, value, implementation="flash")
+    with pytest.raises(ConfigError, match="do not fit keys"):
+        attend_cached(query, key, value, jnp.zeros(2, jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "implementation, placement, kwargs, message",
+    [
+        ("cudnn", ON_GPU, {"length": 8}, "takes bfloat16 and float16, not float32"),
+        ("cudnn", ON_GPU, {"length": 8, "size": 12, "dtype": jnp.bfloat16}, "multiple of 8 and at most 128, not 12"),
+        ("cudnn", ON_GPU, {"length": 8, "size": 136, "dtype": jnp.bfloat16}, "multiple of 8 and at most 128, not 136"),
+        ("splash", ON_TPU, {"length": 200}, "multiples of 128, not 200"),
+        ("splash", ON_TPU, {"length": 128, "dtype": jnp.float16}, "float32 and bfloat16, not float16"),
+        ("splash", ON_GPU, {"length": 128}, "runs on tpu, and the devices are gpu"),
+    ],
+)
+def test_kernels_asked_for_by_name_refuse_and_auto_takes_another(implementation, placement, kwargs, message):
+    query, key, value, _ = inputs(**kwargs)
+    with pytest.raises(ConfigError, match=message):
+        attend(query, key, value, implementation=implementation, placement=placement)
+    if placement is ON_GPU and implementation == "splash":
+        return
+    expected = attend(query, key, value, implementation="xla")
+    np.testing.assert_array_equal(attend(query, key, value, placement=placement), expected)
+
+
+@pytest.mark.parametrize(
+    "capability, reason",
+    [("7.5", "8.0 or newer, not 7.5"), ("gfx942", "NVIDIA GPU"), ("8.6", "at most 128"), ("9.0", None)],
+)
+def test_cudnn_depends_on_the_gpu(capability, reason):
+    mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(compute_capability=capability)]))
+    placement = types.SimpleNamespace(platform="gpu", mesh=mesh)
+    query, key, value, _ = inputs(8, size=256, dtype=jnp.bfloat16)
+    shapes = jax.eval_shape(lambda: attend(query, key, value, placement=placement, implementation="xla"))
+    assert shapes.shape == query.shape
+    if reason is None:
+        reason = "cuDNN is not detected"  # JAX's own words: the call got as far as the kernel
+        with pytest.raises(RuntimeError, match=reason):
+            attend(query, key, value, placement=placement, implementation="cudnn")
+    else:
+        with pytest.raises(ConfigError, match=reason):
+            attend(query, key, value, placement=placement, implementation="cudnn")
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_cudnn_lowers_for_a_gpu(mask, monkeypatch):
+    # JAX asks the installed cuDNN for its version while it traces; where there is none, name one.
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    masks = dict(MASKS[mask])
+    segments_BL = segments_of(64) if masks.pop("segments", False) else None
+    step = make_step("auto", segments=segments_BL, placement=ON_GPU, **masks)
+    program = jax.jit(step).trace(*inputs(64, 2, dtype=jnp.bfloat16)).lower(lowering_platforms=("cuda",)).as_text()
+    name = "__cudnn$fmhaSoftmax" if segments_BL is None else "__cudnn$fmhaScaleBiasSoftmax"
+    assert f"{name}(" in program and f"{name}Backward(" in program
+    is_native_window = "window" in masks and segments_BL is None
+    assert (f"sliding_window_length\\22: {masks.get('window')}" in program) == is_native_window
+    assert ("CAUSAL" in program) == masks.get("is_causal", True)
+
+
+def naive_row(query_LHK, key_MGK, value_MGK, start, first, window):
+    """Returns attention of one row of new tokens to a cache, in numpy."""
+    output = np.zeros(query_LHK.shape)
+    for i, h in np.ndindex(query_LHK.shape[:2]):
+        seen = slice(max(first, start + i - window + 1), start + i + 1)
+        group = h // (query_LHK.shape[1] // key_MGK.shape[1])
+        weights = np.exp(key_MGK[seen, group] @ query_LHK[i, h] / np.sqrt(query_LHK.shape[2]))
+        output[i, h] = weights @ value_MGK[seen, group] / weights.sum()
+    return output
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("repeats, window", [(1, None), (2, None), (2, 6)])
+def test_cached_is_the_definition(repeats, window, length):
+    query, key, value, _ = inputs(40, repeats, batch=3)
+    start, first = np.array([0, 11, 35]), np.array([0, 4, 20])
+    cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    new = query[:, :length]
+    decode = jax.jit(functools.partial(attend_cached, window=window))
+    for first_B in (None, first):
+        actual = decode(new, *cache, start, first_B=first_B)
+        for b in range(3):
+            begin = 0 if first_B is None else first[b]
+            expected = naive_row(*(np.asarray(x[b]) for x in (new, key, value)), start[b], begin, window or 40)
+            np.testing.assert_allclose(actual[b], expected, atol=1e-5)
+
+
+def test_cached_prompt_in_pieces_and_padding_rows():
+    query, key, value, _ = inputs(530, groups=1)
+    cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    actual = jax.jit(attend_cached)(query, *cache, jnp.zeros(2, jnp.int32), first_B=jnp.array([0, 30]))
+    np.testing.assert_allclose(actual[0], run("reference", (query, key, value, query))[0][0], atol=1e-5)
+    padding = jnp.asarray(np.arange(530) < 30, jnp.int32)[None].repeat(2, 0)
+    expected = jax.jit(functools.partial(attend, implementation="reference"))(query, key, value, segments_BL=padding)
+    np.testing.assert_allclose(actual[1, 30:], expected[1, 30:], atol=1e-5)
+    assert np.isfinite(actual).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups, size", [(8, 128), (4, 64), (1, 96)])
+def test_splash_compiles_for_a_tpu(groups, size, monkeypatch):
+    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
+    )
+    placement = make_placement(MeshConfig(data=2, model=2), chips.devices)
+    assert placement.platform == "tpu"
+
+    def shape(heads):
+        sharding = placement.sharding("batch", None, "heads" if heads > 1 else None, None)
+        return jax.ShapeDtypeStruct((4, 1024, heads, size), jnp.bfloat16, sharding=sharding)
+
+    def step(segments_BL, *tensors):
+        return make_step("auto", segments=segments_BL, window=300, placement=placement)(*tensors)
+
+    segments = jax.ShapeDtypeStruct((4, 1024), jnp.int32, sharding=placement.sharding("batch", None))
+    program = jax.jit(step).lower(segments, shape(8), shape(groups), shape(groups), shape(8)).compile().as_text()
+    assert program.count("tpu_custom_call") >= 3  # forward, gradient of queries, gradient of keys and values
+    assert "all-gather" not in program and "all-to-all" not in program
