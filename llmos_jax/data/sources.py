@@ -182,7 +182,7 @@ class _ZstdFile(io.RawIOBase):
     """A zstandard file whose damage is an OSError, as that of every other file is."""
 
     def __init__(self, zstandard, file):
-        self._error, self._raw = zstandard.ZstdError, open(file, "rb")
+        self._error, self._raw = zstandard.ZstdError, open(file, "rb")  # noqa: SIM115  closed by close()
         self._stream = zstandard.ZstdDecompressor().stream_reader(self._raw)
 
     def readable(self):

@@ -167,7 +167,7 @@ def test_sharded_over_rows_and_heads_equals_one_device(implementation, interpret
     sharded = [jax.device_put(x, sharding) for x in tensors]
     step = make_step(implementation, segments=segments_BL, placement=kernel_placement, **masks)
     program = jax.jit(step).lower(*sharded).compile()
-    # A shard_map's backward pass sums over mesh axes that its specs do not name (here of size 1), hence splash's reduce.
+    # A shard_map's backward pass sums over the mesh axes that its specs do not name: here of size 1, in splash.
     collectives = set(re.findall("all-gather|all-to-all|collective-permute|all-reduce", program.as_text()))
     assert collectives <= {"blocked": set(), "splash": {"all-reduce"}}[implementation]
     actual = program(*sharded)
