@@ -71,7 +71,7 @@ def load(directory, *, step=None):
     family = config.unit("llmos_jax.models", settings.model.name)
     handle = describe_model(functools.partial(family.build, settings.model, placement), placement)
     key = "params" if settings.optim.ema is None else "ema"
-    params = _restore_params(directory, handle, step=step, key=key)
+    params = _restore_params(directory, handle.abstract, step=step, key=key)
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, placement))
 
@@ -191,7 +191,7 @@ def _sampler(task, settings, handle, placement):
     return sample
 
 
-def _warm_start(settings, handle):
+def _warm_start(settings, abstract):
     """Returns the parameters of the run that `train.init_from` names, placed as this run's."""
     from llmos_jax.train import directory as run_directory
 
@@ -200,18 +200,13 @@ def _warm_start(settings, handle):
     if saved is None:
         raise RunDirectoryError(f"train.init_from={source} is no run directory: it has no {run_directory.SETTINGS_FILE}.")
     logging.info("warm start from %s", source)
-    return _restore_params(source, handle, key="params" if saved["optim"]["ema"] is None else "ema")
+    return _restore_params(source, abstract, key="params" if saved["optim"]["ema"] is None else "ema")
 
 
-def _restore_params(directory, handle, *, step=None, key="params"):
-    import jax
-
+def _restore_params(directory, abstract, *, step=None, key="params"):
     from llmos_jax.train.checkpoint import CheckpointConfig, Checkpointer
     from llmos_jax.train.loop import CHECKPOINTS
 
-    abstract = jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), handle.shapes, handle.shardings
-    )
     checkpoints = pathlib.Path(directory) / CHECKPOINTS
     if not checkpoints.is_dir():
         raise CheckpointError(f"{directory} has no checkpoint yet: train it first.")

@@ -111,9 +111,7 @@ class _Call:
         if segments_BL is not None and segments_BL.shape != (batch, length):
             raise ConfigError(f"attention: segments {segments_BL.shape} for queries of [B, L] = {(batch, length)}.")
         if window is not None and (not is_causal or window < 1):
-            raise ConfigError(
-                f"attention: window={window} with is_causal={is_causal}; a window is at least 1, and causal."
-            )
+            raise ConfigError(f"attention: window={window} with is_causal={is_causal}; a window is at least 1, and causal.")
         if length != key_length and (is_causal or segments_BL is not None):
             raise ConfigError(
                 f"attention: {length} queries and {key_length} keys; lengths may differ only with is_causal=False and "
@@ -298,9 +296,7 @@ def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
     if segments_BL is None:
         output_BHLK = jax.vmap(kernel)(*heads_first)
     else:
-        output_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(
-            *heads_first, segments_BL
-        )
+        output_BHLK = jax.vmap(lambda q, k, v, s: kernel(q, k, v, segment_ids=SegmentIds(s, s)))(*heads_first, segments_BL)
     return output_BHLK.swapaxes(1, 2)
 
 

@@ -55,6 +55,13 @@ class ModelHandle:
         """Returns the Flax module with these parameters."""
         return nnx.merge(self.graphdef, params)
 
+    @property
+    def abstract(self):
+        """The parameters as ShapeDtypeStructs with shardings: what a restore needs to know."""
+        return jax.tree.map(
+            lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), self.shapes, self.shardings
+        )
+
     def init(self, key):
         """Returns fresh parameters; call it inside jit with `out_shardings=handle.shardings`."""
         return nnx.to_pure_dict(nnx.state(self.build(rngs=nnx.Rngs(params=key))))

@@ -45,9 +45,7 @@ def make_step(implementation, *, segments=None, placement=None, **masks):
     """Returns a function of query, key, value and the output's gradient to the output and the three gradients."""
 
     def step(query, key, value, gradient):
-        kernel = functools.partial(
-            attend, segments_BL=segments, implementation=implementation, placement=placement, **masks
-        )
+        kernel = functools.partial(attend, segments_BL=segments, implementation=implementation, placement=placement, **masks)
         output, backward = jax.vjp(kernel, query, key, value)
         return output, *backward(gradient)
 
@@ -135,9 +133,7 @@ def test_blocked_keeps_dtype_and_takes_other_key_lengths_and_scale():
 def test_blocked_skips_what_the_mask_hides():
     def flops(**masks):
         query, key, value, _ = inputs(1024, batch=1, groups=1)
-        compiled = (
-            jax.jit(functools.partial(attend, implementation="blocked", **masks)).lower(query, key, value).compile()
-        )
+        compiled = jax.jit(functools.partial(attend, implementation="blocked", **masks)).lower(query, key, value).compile()
         return compiled.cost_analysis()["flops"]
 
     everything = flops(is_causal=False)
@@ -178,9 +174,7 @@ def test_sharded_over_rows_and_heads_equals_one_device(implementation, interpret
 
 def test_splash_copies_key_value_heads_that_are_fewer_than_shards(interpreted_splash):
     placement = make_placement(MeshConfig(data=4, model=2))
-    on_tpu = types.SimpleNamespace(
-        platform="tpu", mesh=placement.mesh, spec=placement.spec, axis_size=placement.axis_size
-    )
+    on_tpu = types.SimpleNamespace(platform="tpu", mesh=placement.mesh, spec=placement.spec, axis_size=placement.axis_size)
     tensors = inputs(128, 2, batch=4, groups=1)
     assert_equal(jax.jit(make_step("splash", placement=on_tpu))(*tensors), run("reference", tensors))
 
@@ -305,9 +299,7 @@ def test_splash_compiles_for_a_tpu(groups, size, monkeypatch):
     from jax.experimental import topologies
 
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1
-    )
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
     placement = make_placement(MeshConfig(data=2, model=2), chips.devices)
     assert placement.platform == "tpu"
 

@@ -290,7 +290,9 @@ time.sleep({delay}); os.kill(os.getpid(), signal.SIGKILL)
     steps = checkpointer.steps()
     assert steps in ([1], [1, 2])
     shape = (8,) if steps[-1] == 1 else (512, 8192)
-    wanted = {"params": {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}}
+    wanted = {
+        "params": {"w": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))}
+    }
     step, tree, _ = checkpointer.restore_latest_good(wanted)
     assert step == steps[-1] and float(tree["params"]["w"].min()) == 1.0
     assert sorted(p.name for p in tmp_path.iterdir()) == [str(s) for s in steps]

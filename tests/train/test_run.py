@@ -1,0 +1,250 @@
+"""Whole runs through the public functions: resume, signals, damage, identity. Rows R1, R7, C1, C6, N1 and N2."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from llmos_jax import api
+from llmos_jax.errors import ConfigError, DeviceMemoryError, RunDirectoryError, TrainingDiverged
+from llmos_jax.train import loop
+from llmos_jax.train.directory import DONE_FILE
+from llmos_jax.train.metrics import read_metrics
+
+STEPS = 30
+BASE = {
+    "train.steps": STEPS,
+    "train.log_every_steps": 5,
+    "train.evaluate_every_steps": "none",
+    "checkpoint.every_steps": 10,
+    "model.dropout": 0.1,
+    "task.sample_tokens": 4,
+    "optim.ema": 0.9,
+}
+
+
+def settings_for(**overrides):
+    changed = BASE | {name.replace("__", "."): value for name, value in overrides.items()}
+    return api.load_settings("experiments/gpt.py:smoke", [(name, str(value)) for name, value in changed.items()])[0]
+
+
+def losses(directory):
+    return {e["step"]: e["train/loss"] for e in read_metrics(directory / "metrics.jsonl") if "train/loss" in e}
+
+
+def final_params(directory):
+    return jax.tree.map(np.asarray, api.load(directory).params)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    api.train(settings_for(), directory)
+    return directory
+
+
+def command(directory, *flags):
+    overrides = [f"--config.{name}={value}" for name, value in BASE.items()]
+    return [
+        sys.executable,
+        "-m",
+        "llmos_jax.main",
+        "--config=experiments/gpt.py:smoke",
+        f"--workdir={directory}",
+        *overrides,
+        *flags,
+    ]
+
+
+def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
+    curve = losses(uninterrupted)
+    assert list(curve) == list(range(1, STEPS + 1))
+    assert curve[STEPS] < curve[1] - 0.3
+    names = {entry.name for entry in uninterrupted.iterdir()}
+    assert {"settings.json", "metrics.jsonl", "checkpoints", "tokenizer.json", "report.html", "log.txt", DONE_FILE} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    summary = json.loads((uninterrupted / DONE_FILE).read_text())
+    assert {"loss", "perplexity", "bits_per_byte"} <= set(summary["evaluation"])
+    assert "throughput/tokens_per_second" in summary["throughput"] and "throughput/mfu" in summary["throughput"]
+    samples = [entry["samples"] for entry in read_metrics(uninterrupted / "metrics.jsonl") if "samples" in entry]
+    assert samples and all(sample["prompt"] for sample in samples[-1])
+
+
+def test_resumed_run_is_bitwise_the_same(uninterrupted, tmp_path):
+    """Row R1: ten steps, exit, resume to thirty; another rhythm of logging changes nothing. Training is prolonged by
+    `steps`, so the schedule must not depend on it: it is constant here in both runs."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    constant = {"optim__schedule": "constant", "optim__warmup": 0.0}
+    api.train(settings_for(**constant), whole)
+    api.train(settings_for(train__steps=10, **constant), parts)
+    api.train(settings_for(train__log_every_steps=3, **constant), parts)
+    assert losses(parts) == losses(whole) and len(losses(whole)) == STEPS
+    jax.tree.map(np.testing.assert_array_equal, final_params(parts), final_params(whole))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_lose_no_step(number, uninterrupted, tmp_path):
+    """Row R7: exit code 42 at once, and the curve is bitwise that of the uninterrupted run."""
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(command(tmp_path / "run"), stderr=subprocess.PIPE, text=True, env=environment)
+    for line in process.stderr:
+        if line.startswith("step 5/"):
+            break
+    process.send_signal(number)
+    sent = time.monotonic()
+    rest = process.stderr.read()
+    assert process.wait(timeout=60) == 42, rest
+    assert time.monotonic() - sent < 10  # 1.5 s on a quiet machine; tests share theirs
+    assert "Preempted: stopped by" in rest
+    stopped_at = max(losses(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()
+    done = subprocess.run(command(tmp_path / "run"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert f"restored step {stopped_at}" in done.stderr
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_killed_run_redoes_only_what_was_not_saved(uninterrupted, tmp_path):
+    """kill -9 at any moment: the metrics file and the curve are those of an uninterrupted run."""
+    process = subprocess.Popen(command(tmp_path / "run"), stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.startswith("step 15/"):
+            break
+    process.kill()
+    process.wait()
+    process.stderr.close()
+    done = subprocess.run(command(tmp_path / "run"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_a_finished_run_says_so_and_is_left_alone(uninterrupted):
+    before = (uninterrupted / "metrics.jsonl").read_bytes()
+    start = time.monotonic()
+    summary = api.train(settings_for(), uninterrupted)
+    assert summary["step"] == STEPS and time.monotonic() - start < 2
+    assert (uninterrupted / "metrics.jsonl").read_bytes() == before
+
+
+def test_damage_falls_back_and_the_curve_is_the_same(uninterrupted, tmp_path):
+    """Row C1 end to end: the newest step is damaged, the one before is trained on."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / DONE_FILE).unlink()
+    newest = run / "checkpoints" / str(STEPS)
+    for file in (newest / "params").rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+    api.train(settings_for(), run)
+    assert (run / "checkpoints" / f"quarantine-{STEPS}").is_dir()
+    assert losses(run) == losses(uninterrupted)
+
+
+def test_another_experiment_is_refused_and_nothing_lost(uninterrupted):
+    before = sorted(p.name for p in uninterrupted.iterdir())
+    with pytest.raises(RunDirectoryError, match="holds another experiment .*optim.learning_rate"):
+        api.train(settings_for(optim__learning_rate=1e-4, train__steps=40), uninterrupted)
+    with pytest.raises(RunDirectoryError, match="seed: 0 -> 1"):
+        api.train(settings_for(seed=1, train__steps=40), uninterrupted)
+    assert sorted(p.name for p in uninterrupted.iterdir()) == before
+    (uninterrupted / "settings.json").rename(uninterrupted / "kept")
+    (uninterrupted / "settings.json").write_text("{")
+    with pytest.raises(RunDirectoryError, match="settings.json is not JSON"):
+        api.train(settings_for(train__steps=40), uninterrupted)
+    (uninterrupted / "kept").replace(uninterrupted / "settings.json")
+
+
+def test_unusable_run_directories(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunDirectoryError, match="can't be used"):
+        api.train(settings_for(), tmp_path / "file")
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        api.load(tmp_path)
+    with pytest.raises(RunDirectoryError, match="init_from=.* is no run directory"):
+        api.train(settings_for(train__init_from=tmp_path / "nothing"), tmp_path / "new")
+
+
+def test_warm_start_begins_where_the_other_run_ended(uninterrupted, tmp_path):
+    api.train(settings_for(train__init_from=uninterrupted, train__steps=2, optim__learning_rate=1e-6), tmp_path / "warm")
+    assert losses(tmp_path / "warm")[1] < losses(uninterrupted)[1] - 0.3
+
+
+def test_batches_that_do_not_divide_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="batch_size=12 is not divisible by 8 data shards.*the next size that is: 16"):
+        api.train(settings_for(train__batch_size=12), tmp_path / "run")
+    with pytest.raises(ConfigError, match="train.microbatches=3"):
+        settings_for(train__microbatches=3)
+    with pytest.raises(ConfigError, match="model.context=32 is shorter than .*data.length=64"):
+        api.train(settings_for(model__context=32), tmp_path / "run2")
+    with pytest.raises(ConfigError, match="model.vocab_size=100 is smaller than the tokenizer's 257"):
+        api.train(settings_for(model__vocab_size=100), tmp_path / "run3")
+
+
+def test_a_model_that_does_not_fit_says_what_takes_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.memory, "device_limit_bytes", lambda device: 100_000)
+    with pytest.raises(
+        DeviceMemoryError, match=r"needs .* GiB per device.*(optimizer|parameters|activations).*lower train.batch_size"
+    ):
+        api.train(settings_for(), tmp_path / "run")
+
+
+def test_bad_batches_are_skipped_bitwise_and_too_many_stop_the_run(tmp_path, monkeypatch):
+    """Rows N1 and N2 through the whole loop: a poisoned batch leaves the next losses as if it had not been."""
+    real = loop.make_batch
+
+    def poisoned(bad):
+        def make(task, placement, rows, index):
+            batch = real(task, placement, rows, index - sum(b < index for b in bad) if bad != "all" else index)
+            if bad == "all" or index in bad:
+                batch["weights"] = batch["weights"] * np.float32(np.nan)
+            return batch
+
+        return make
+
+    base = {"optim__schedule": "constant", "optim__warmup": 0.0}
+    api.train(settings_for(train__steps=10, **base), tmp_path / "clean")
+    monkeypatch.setattr(loop, "make_batch", poisoned({3, 7}))
+    api.train(settings_for(train__steps=12, **base), tmp_path / "poisoned")
+    clean, spoiled = losses(tmp_path / "clean"), losses(tmp_path / "poisoned")
+    assert [spoiled[step] for step in (4, 8)] == ["nan", "nan"]
+    assert [loss for loss in spoiled.values() if loss != "nan"] == list(clean.values())
+    jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "poisoned"), final_params(tmp_path / "clean"))
+    monkeypatch.setattr(loop, "make_batch", poisoned("all"))
+    with pytest.raises(TrainingDiverged, match="10 steps in a row were skipped, the last at batch 9.*embedding"):
+        api.train(settings_for(train__log_every_steps=1), tmp_path / "all")
+
+
+def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, monkeypatch):
+    """Every value that reaches the host in the loop does so in `flush`, once per log window (and once after step one)."""
+    reads = []
+    real_get, real_block = jax.device_get, jax.block_until_ready
+    monkeypatch.setattr(loop.jax, "device_get", lambda x: (reads.append("get"), real_get(x))[1])
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda x: (reads.append("block"), real_block(x))[1])
+    array = type(jax.numpy.zeros(()))
+    real_float = array.__float__
+    monkeypatch.setattr(array, "__float__", lambda self: (reads.append("float"), real_float(self))[1])
+    config = {"train__steps": 20, "train__log_every_steps": 5, "checkpoint__every_steps": "none"}
+    settings = settings_for(**config)
+    settings = dataclasses.replace(settings, task=dataclasses.replace(settings.task, evaluation_batches=1))
+    before = {"loop": 0}
+    real_train = loop._train
+
+    def counted(*arguments):
+        reads.clear()
+        result = real_train(*arguments)
+        before["loop"] = reads.count("get")
+        return result
+
+    monkeypatch.setattr(loop, "_train", counted)
+    api.train(settings, tmp_path / "run")
+    # 20 steps, windows of 5 read one step late: 3 full windows and the rest; then fingerprints and the evaluation.
+    assert before["loop"] <= 4 + 3
+    assert "block" not in reads
