@@ -146,12 +146,13 @@ def _train(run, evaluate, sample, initial_params, launched):
         """Reads the metrics of finished steps: the only place where the host waits for the device."""
         with account.spend("step"):
             read = jax.device_get([metrics for _, metrics in entries])
+        mean_loss = float(np.mean([values["train/loss"] for values in read]))
         for (step, _), values in zip(entries, read, strict=True):
             verdict = values.pop("guard")
             figures = {name: float(value) for name, value in values.items()}
             if step == entries[-1][0]:
                 meter.update(step, account.totals(), jax.local_devices())
-                progress.update(step, figures | meter.figures() | evaluation)
+                progress.update(step, figures | {"train/loss": mean_loss} | meter.figures() | evaluation)
                 figures |= meter.figures()
             writer.write(step, figures)
             guard.check(settings.optim, verdict, leaf_names)

@@ -164,7 +164,7 @@ class Progress:
     def __init__(self, *, total, start, fraction=None, stream=None):
         self.total, self.start, self.step = total, start, start
         self._fraction = fraction  # share done, for runs that end by the clock
-        self._began, self._bar = time.monotonic(), None
+        self._began, self._bar, self._clock_began = time.monotonic(), None, fraction() if fraction else 0.0
         stream = stream or sys.stderr
         if stream.isatty() and os.environ.get("TERM") != "dumb":
             from tqdm import tqdm
@@ -195,8 +195,14 @@ class Progress:
             self._bar.close()
 
     def _remaining(self, step):
-        done = (step - self.start) / (self.total - self.start) if self.total else self._fraction() if self._fraction else 0.0
-        return (time.monotonic() - self._began) * (1 - done) / done if done > 0 else math.nan
+        """Seconds to go, by the steps or by the clock, whichever ends first."""
+        spent = time.monotonic() - self._began
+        shares = [(step - self.start) / (self.total - self.start)] if self.total else []
+        ends = [spent * (1 - share) / share for share in shares if share > 0]
+        clock = self._fraction() if self._fraction else 0.0
+        if clock > self._clock_began:
+            ends.append(spent * (1 - clock) / (clock - self._clock_began))
+        return min(ends, default=math.nan)
 
 
 def duration(seconds):

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: one clear line for every mistake, exit codes, verbs, experiments, notebook."""
+
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmos_jax.main import main
+
+EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
+
+
+def llmos(*arguments, timeout=120):
+    done = subprocess.run(
+        [sys.executable, "-m", "llmos_jax.main", *map(str, arguments)], capture_output=True, text=True, timeout=timeout
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def run_directory(tmp_path_factory):
+    """The smoke run of every experiment, by the command line, as a user starts it."""
+    directory = tmp_path_factory.mktemp("runs")
+    for path in EXPERIMENTS:
+        start = time.monotonic()
+        done = llmos(f"--config={path}:smoke", f"--workdir={directory / path.stem}")
+        assert done.returncode == 0, done.stderr
+        print(f"{path}:smoke took {time.monotonic() - start:.1f} s")
+    return directory / "gpt"
+
+
+def test_output_of_a_run_is_worth_reading(run_directory):
+    done = llmos("--config=experiments/gpt.py:smoke", f"--workdir={run_directory}")
+    assert done.returncode == 0 and "is finished: step 12" in done.stderr
+    log = (run_directory / "log.txt").read_text()
+    for word in ("gpt on", "parameters; a step is", "step 4/12", "validation/bits_per_byte", "sample", "report:"):
+        assert word in log, word
+    assert "orbax" not in log.lower()
+
+
+def test_generate(run_directory, tmp_path):
+    flags = [f"--workdir={run_directory}", "--max_tokens=8", "--seed=3"]
+    first = llmos("generate", *flags, "--prompt=def f")
+    assert first.returncode == 0 and first.stdout.startswith("def f") and len(first.stdout) > 7
+    assert llmos("generate", *flags, "--prompt=def f").stdout == first.stdout
+    (tmp_path / "prompts.txt").write_text("def f\nimport\n")
+    several = llmos("generate", *flags, f"--prompt_file={tmp_path / 'prompts.txt'}")
+    assert several.stdout.startswith(first.stdout.rstrip("\n")) and several.stdout.count("---\n") == 2
+    assert main(["llmos", "generate", f"--workdir={run_directory}", "--prompt=a", "--step=99"]) == 65
+
+
+def test_checkpoint_verbs(run_directory):
+    assert "12" in llmos("checkpoint", "ls", f"--workdir={run_directory}").stdout
+    verified = llmos("checkpoint", "verify", f"--workdir={run_directory}")
+    assert verified.returncode == 0 and "every array as it was saved" in verified.stdout
+    assert "removed 8" in llmos("checkpoint", "gc", f"--workdir={run_directory}", "--keep=1").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trian"], "there is no verb 'trian'; known: train, generate, checkpoint"),
+        ([], "--config is missing"),
+        (["--config=experiments/gtp.py"], "there is no file experiments/gtp.py"),
+        (["--config=experiments/gpt.py:sise=nano"], "option 'sise' is unknown; did you mean 'size'"),
+        (["--config=experiments/gpt.py", "--config.optim.learning_rat=1"], "did you mean 'learning_rate'"),
+        (
+            ["--config=experiments/gpt.py", "--config.optim.learning_rate=nan"],
+            "optim.learning_rate=nan must be a finite number",
+        ),
+        (["--config=experiments/gpt.py", "--config.optim.learning_rate=-1"], "must be above 0.0"),
+        (["--config=experiments/gpt.py", "--config.train.steps=ten"], "train.steps must be a whole number, not 'ten'"),
+        (["--config=experiments/gpt.py", "--config.model.heads=3"], "model.width=.* is not divisible by model.heads=3"),
+        (
+            ["--config=experiments/gpt.py", "--config.model.name=gtp"],
+            "model.name='gtp' is not a known choice; did you mean 'gpt'",
+        ),
+        (["--config=experiments/gpt.py:data=/no/such/file"], "'/no/such/file' does not exist"),
+        (["--config=experiments/gpt.py", "--wrkdir=x"], "wrkdir"),
+        (["generate", "--prompt=a"], "--workdir is missing"),
+        (["generate", "--workdir=/tmp"], "nothing to continue"),
+        (["generate", "--workdir=/tmp", "--prompt=a"], "holds no run"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0.0"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--top_p=2"], "top_p=2.0 must be at most 1.0"),
+        (["generate", "--workdir=/tmp", "--prompt_file=/no/file"], "--prompt_file=/no/file can't be read"),
+        (["checkpoint", "lst", "--workdir=/no/run"], "has no checkpoints"),
+    ],
+)
+def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, capsys):
+    import re
+
+    code = main(
+        [
+            "llmos",
+            *arguments,
+            *(["--workdir=" + str(tmp_path / "run")] if "generate" not in arguments and "checkpoint" not in arguments else []),
+        ]
+    )
+    error = capsys.readouterr().err
+    assert code in (78, 65), error
+    assert re.search(words, error), error
+
+
+def test_a_second_writer_is_refused(tmp_path):
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    with RunDirectoryLease(tmp_path):
+        done = llmos("--config=experiments/gpt.py:smoke", f"--workdir={tmp_path}")
+    assert done.returncode == 78 and "RunDirectoryLocked" in done.stderr and "in use by process" in done.stderr
+
+
+def test_importing_the_package_does_nothing():
+    script = "import sys, llmos_jax; assert 'jax' not in sys.modules; print(len(llmos_jax.__all__), llmos_jax.load.__name__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.split()[1] == "load" and int(done.stdout.split()[0]) <= 20
+
+
+def test_every_public_name_is_there():
+    import llmos_jax
+
+    for name in llmos_jax.__all__:
+        assert getattr(llmos_jax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        llmos_jax.nonsense  # noqa: B018
+
+
+def test_the_notebook_runs(tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    notebook = nbformat.read("scripts/train_gpt.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert len(notebook.cells) <= 20 and len(code) <= 10
+    assert all(not cell.outputs for cell in code)
+    monkeypatch.setenv("LLMOS_NOTEBOOK_SMOKE", "1")  # the same cells on the smoke size
+    monkeypatch.setenv("LLMOS_NOTEBOOK_RUNS", str(tmp_path))
+    root = str(pathlib.Path().absolute())
+    NotebookClient(notebook, timeout=240, kernel_name="python3", resources={"metadata": {"path": root}}).execute()
+    text = "".join(str(output.get("text", output.get("data", ""))) for cell in code for output in cell.outputs)
+    assert "bits_per_byte" in text and "def " in text
