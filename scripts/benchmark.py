@@ -11,7 +11,13 @@ absolute figures drift with the machine. Add `--steps N` to run once without the
 import argparse
 import functools
 import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 
 # width, layers, heads, mlp, vocabulary, length, batch: a small model, and GPT-2 small.
@@ -63,15 +69,69 @@ def train_worker(shape, has_kept_heap):
     return run, rows * length, notes
 
 
+def shape_settings(shape, steps):
+    """Returns the command-line flags that train `shape` on the standard library for some steps, without evaluations."""
+    width, layers, heads, mlp, vocab, length, rows = SHAPES[shape]
+    chosen = {
+        "model.width": width, "model.layers": layers, "model.heads": heads, "model.mlp": mlp, "model.context": length,
+        "data.tokenizer": f"bpe:{vocab}", "data.length": length, "optim.name": "adamw", "optim.learning_rate": 3e-4,
+        "train.batch_size": rows, "train.steps": steps, "train.max_seconds": "none", "train.evaluate_every_steps": "none",
+        "task.evaluation_batches": 1, "task.sample_tokens": 1, "checkpoint.every_steps": "none",
+    }  # fmt: skip
+    return ["--config=experiments/gpt.py", *[f"--config.{name}={value}" for name, value in chosen.items()]]
+
+
+def run_llmos(flags, workdir, **environment):
+    """Runs the command line in a process of its own; returns the summary and the seconds from launch to the first step."""
+    command = [sys.executable, "-m", "llmos_jax.main", *flags, f"--workdir={workdir}"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    entries = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    first = next(e["start/first_step_seconds"] for e in entries if "start/first_step_seconds" in e)
+    return json.loads((workdir / "DONE.json").read_text()), first
+
+
+def measure_start(shape):
+    """Prints the seconds from launch to the first step, data prepared: without and with the compile cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        flags, cache = shape_settings(shape, 2), {"LLMOS_CACHE": str(folder / "cache")}
+        run_llmos(flags, folder / "prepare", **cache)
+        shutil.rmtree(folder / "cache" / "compile")
+        _, cold = run_llmos(flags, folder / "cold", **cache)
+        warm = [run_llmos(flags, folder / f"warm{number}", **cache)[1] for number in range(3)]
+    print(json.dumps({"what": "start", "shape": shape, "cold_seconds": cold, "warm_seconds": statistics.median(warm)}))
+
+
+def measure_overhead(shape, steps):
+    """Prints the share of the loop's wall time that is not spent in the device's steps (evaluation and saves apart).
+
+    On CPU dispatch is synchronous, so the time inside the compiled step is the device's.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        summary, _ = run_llmos(shape_settings(shape, steps), pathlib.Path(folder) / "run")
+    seconds = summary["seconds"]
+    loop = summary["elapsed_seconds"] - seconds["evaluate"] - seconds["sample"] - seconds["save_block"]
+    share = (loop - seconds["step"]) / loop
+    print(
+        json.dumps({"what": "overhead", "shape": shape, "steps": steps, "step_seconds": loop / steps, "overhead_share": share})
+    )
+
+
 def main():
     """Parses the command line and serves the protocol."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("train",))
+    parser.add_argument("what", choices=("train", "start", "overhead"))
     parser.add_argument("--shape", choices=SHAPES, default="a")
     parser.add_argument("--name", default="llmos")
     parser.add_argument("--no-keep-heap", action="store_true", help="let glibc return freed memory, as it does by default")
     parser.add_argument("--steps", type=int, help="run this many steps once and leave")
     args = parser.parse_args()
+    if args.what == "start":
+        return measure_start(args.shape)
+    if args.what == "overhead":
+        return measure_overhead(args.shape, args.steps or 60)
     from llmos_jax.compute import host
 
     run, tokens_per_step, notes = train_worker(args.shape, not args.no_keep_heap)

@@ -144,6 +144,8 @@ def _train(run, evaluate, sample, initial_params, launched):
 
     def flush(entries):
         """Reads the metrics of finished steps: the only place where the host waits for the device."""
+        if not entries:
+            return
         with account.spend("step"):
             read = jax.device_get([metrics for _, metrics in entries])
         mean_loss = float(np.mean([values["train/loss"] for values in read]))
@@ -205,15 +207,13 @@ def _train(run, evaluate, sample, initial_params, launched):
             profile.after(position, state)
 
         # ---- The end: last metrics, evaluation, samples, checkpoint.
-        if pending:
-            flush(pending)
-            pending = []
+        flush(pending)
+        pending = []
         with account.spend("save_block"):
             _save(run, state, position)
         evaluate_and_sample()
     except Preempted:
-        if pending:
-            flush(pending)
+        flush(pending)
         with account.spend("save_block"):
             _save(run, state, position)
             run.checkpointer.wait()
