@@ -85,7 +85,7 @@ def test_rows_draw_alone_and_seeds_repeat(generator):
 def test_streamed_text_is_the_text(generator):
     generate, params, _ = generator
     pieces = {}
-    sampling = SamplingConfig(max_tokens=40, temperature=1.0, stop=("e", "\n\n"))
+    sampling = SamplingConfig(max_tokens=40, temperature=1.0, stop=("e", "\n\n", *"0123456789"))
     texts = generate.generate(params, PROMPTS, sampling, on_text=lambda r, t: pieces.setdefault(r, []).append(t))
     for row, done in enumerate(texts):
         assert "".join(pieces.get(row, [])) == done.text
