@@ -15,7 +15,8 @@ class Chip:
     """Peak figures of one device as JAX sees it.
 
     peak_flops: dense FLOP/s by dtype name (no sparsity). hbm_bytes, hbm_bandwidth (bytes/s). link_bandwidth: bytes/s that
-    the device can send to its neighbours over the chip-to-chip network, all links together, one direction.
+    the device can send to its neighbours over the chip-to-chip network, all links together, one direction (half of what
+    is published as bidirectional).
     source: where the figures are published.
     """
 
@@ -37,10 +38,10 @@ _NVIDIA = "https://www.nvidia.com/en-us/data-center/"
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("TPU v4", _flops(275, int8=275), 32 * _GIB, 1228 * _GB, 270 * _GB, _TPU + "v4"),
-        Chip("TPU v5e", _flops(197, int8=394), 16 * _GIB, 819 * _GB, 180 * _GB, _TPU + "v5e"),
-        Chip("TPU v5p", _flops(459, int8=918), 95 * _GIB, 2765 * _GB, 540 * _GB, _TPU + "v5p"),
-        Chip("TPU v6e", _flops(918, int8=1836), 32 * _GIB, 1640 * _GB, 360 * _GB, _TPU + "v6e"),
+        Chip("TPU v4", _flops(275, int8=275), 32 * _GIB, 1228 * _GB, 300 * _GB, _TPU + "v4"),
+        Chip("TPU v5e", _flops(197, int8=393), 16 * _GIB, 819 * _GB, 200 * _GB, _TPU + "v5e"),
+        Chip("TPU v5p", _flops(459, int8=918), 95 * _GIB, 2765 * _GB, 600 * _GB, _TPU + "v5p"),
+        Chip("TPU v6e", _flops(918, int8=1836), 32 * _GIB, 1638 * _GB, 400 * _GB, _TPU + "v6e"),
         # JAX sees each of a v7 chip's two chiplets as a device; the published figures are per chip.
         Chip("TPU v7", _flops(2307 / 2, float8=4614 / 2), 96 * _GIB, 7380 / 2 * _GB, 600 / 2 * _GB, _TPU + "tpu7x"),
         Chip("A100-40GB", _flops(312, int8=624, float32=19.5), 40 * _GB, 1555 * _GB, 300 * _GB, _NVIDIA + "a100/"),
