@@ -47,6 +47,8 @@ def get_config(arg=""):
     config.model = dict(name="gpt", width=width, layers=layers, heads=heads, context=context)
     sources = _sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.data = dict(sources=sources, tokenizer=options["tokenizer"], length=context)
+    if sources[0]["path"].startswith("stdlib"):
+        config.task = dict(name="language", prompts=("def ", "import "))
     config.optim = dict(learning_rate=learning_rate)
     config.train = dict(batch_size=batch_size, steps=steps, log_every_steps=10, evaluate_every_steps=250)
     config.checkpoint = dict(every_steps=250)
@@ -54,7 +56,7 @@ def get_config(arg=""):
     if size == "small":
         # Minutes are what a first run has: few parameters, and Muon, which learns faster per token than AdamW.
         config.optim.name = "muon"
-        config.train.update(max_seconds=240.0, evaluate_every_steps=200)
+        config.train.update(max_seconds=240.0, evaluate_every_steps=200, sample_every_steps=200)
         config.data.validation_fraction = 0.02  # of 30 MB; a tenth would take longer to evaluate than to learn from
     if size == "nano":
         # https://github.com/karpathy/nanoGPT, section "I only have a macbook": its CPU command and learning rates.
@@ -69,8 +71,9 @@ def get_config(arg=""):
         config.model.update(width=32, layers=2, heads=2, context=64, remat="none")
         config.data.update(length=64)
         config.train.update(batch_size=8, steps=12, max_seconds=None, log_every_steps=4, evaluate_every_steps=8)
+        config.train.sample_every_steps = None
         config.data.validation_fraction = 0.1
-        config.task = dict(name="language", evaluation_batches=4, sample_tokens=16)
+        config.task = dict(name="language", prompts=("def ", "import "), evaluation_batches=4, sample_tokens=16)
         config.checkpoint = dict(every_steps=8)
         config.data.tokenizer = options["tokenizer"] or "byte"
     return config
@@ -79,6 +82,9 @@ def get_config(arg=""):
 def _sources(text):
     sources = []
     for item in text.split("+"):
-        path, _, weight = item.rpartition("@") if "@" in item else (item, "", "1")
-        sources.append(dict(path=path, weight=float(weight)))
+        path, _, weight = item.rpartition("@")
+        try:
+            sources.append(dict(path=path, weight=float(weight)) if path else dict(path=item))
+        except ValueError:
+            raise ConfigError(f"data={item}: what follows the last @ is a weight, a number, not {weight!r}.") from None
     return sources

@@ -23,7 +23,7 @@ class Config:
 
     name: str = setting("language", help="task", choices=("language",))
     evaluation_batches: int | None = setting(None, help="validation batches per evaluation; none: all", at_least=1)
-    prompts: tuple[str, ...] = setting(("def ", "import "), help="prompts of the samples shown while training")
+    prompts: tuple[str, ...] = setting(("",), help="prompts of the samples shown while training; empty: a document's start")
     sample_tokens: int = setting(96, help="length of a sample, tokens", at_least=1)
     temperature: float = setting(0.8, help="sampling temperature; 0: greedy", at_least=0.0)
 

@@ -155,23 +155,24 @@ def _train(run, evaluate, sample, initial_params, launched):
             if step == entries[-1][0]:
                 meter.update(step, account.totals(), jax.local_devices())
                 progress.update(step, figures | {"train/loss": mean_loss} | meter.figures() | evaluation)
-                figures |= meter.figures()
+                figures |= meter.figures() | {"throughput/goodput": account.goodput()}
             writer.write(step, figures)
             guard.check(settings.optim, verdict, leaf_names)
 
-    def evaluate_and_sample():
-        nonlocal evaluation, evaluated_at, sampled_at
-        if evaluated_at != position:
-            with account.spend("evaluate"):
-                evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
-            writer.write(position, evaluation)
-            progress.message(f"step {position}  " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items()))
-        if sampled_at != position and (_is_due(config.sample_every_steps, position) or run.is_over(position)):
-            with account.spend("sample"):
-                texts, sampled_at = sample(state.evaluated_params), position
-            writer.write_samples(position, texts)
-            for text in texts:
-                progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
+    def evaluate_state():
+        nonlocal evaluation, evaluated_at
+        with account.spend("evaluate"):
+            evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
+        writer.write(position, evaluation)
+        progress.message(f"step {position}  " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items()))
+
+    def sample_state():
+        nonlocal sampled_at
+        with account.spend("sample"):
+            texts, sampled_at = sample(state.evaluated_params), position
+        writer.write_samples(position, texts)
+        for text in texts:
+            progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
 
     try:
         while not run.is_over(position):
@@ -181,7 +182,9 @@ def _train(run, evaluate, sample, initial_params, launched):
             if _is_due(config.evaluate_every_steps, position) and position != run.restored_at:
                 flush(pending)
                 pending = []
-                evaluate_and_sample()
+                evaluate_state()
+            if _is_due(config.sample_every_steps, position) and position != run.restored_at:
+                sample_state()
             if run.checkpointer.should_save(position):
                 with account.spend("save_block"):
                     _save(run, state, position)
@@ -211,7 +214,10 @@ def _train(run, evaluate, sample, initial_params, launched):
         pending = []
         with account.spend("save_block"):
             _save(run, state, position)
-        evaluate_and_sample()
+        if evaluated_at != position:
+            evaluate_state()
+        if sampled_at != position:
+            sample_state()
     except Preempted:
         flush(pending)
         with account.spend("save_block"):

@@ -177,6 +177,25 @@ def test_warm_start_begins_where_the_other_run_ended(uninterrupted, tmp_path):
     assert losses(tmp_path / "warm")[1] < losses(uninterrupted)[1] - 0.3
 
 
+def test_samples_and_traces_on_request(tmp_path):
+    """Samples have a rhythm of their own; a profiler trace covers the steps that were named."""
+    api.train(settings_for(train__steps=6, train__sample_every_steps=2, train__profile_steps="3,4"), tmp_path)
+    sampled = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry]
+    assert sampled == [2, 4, 6]
+    assert [file for file in (tmp_path / "profile").rglob("*") if file.is_file()]
+
+
+def test_training_by_the_clock_ends_in_time_and_goes_on_where_it_was(tmp_path):
+    """The schedule reaches its end with the clock; a prolonged run counts the time that was used."""
+    flags = {"train__steps": "none", "train__max_seconds": 3.0, "optim__schedule": "linear", "optim__final_share": 0.0}
+    summary = api.train(settings_for(**flags), tmp_path)
+    assert 3.0 <= summary["elapsed_seconds"] < 30 and summary["step"] > 5
+    rates = [e["train/learning_rate"] for e in read_metrics(tmp_path / "metrics.jsonl") if "train/learning_rate" in e]
+    assert rates[-1] < 0.2 * max(rates)
+    again = api.train(settings_for(**flags | {"train__max_seconds": 1000.0, "train__steps": summary["step"] + 2}), tmp_path)
+    assert again["step"] == summary["step"] + 2 and again["elapsed_seconds"] > summary["elapsed_seconds"]
+
+
 def test_batches_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch_size=12 is not divisible by 8 data shards.*the next size that is: 16"):
         api.train(settings_for(train__batch_size=12), tmp_path / "run")
