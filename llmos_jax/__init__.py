@@ -6,7 +6,7 @@ The public surface, imported lazily so that importing the package has no side ef
 _PUBLIC = {
     "load": "llmos_jax.api",
     "load_settings": "llmos_jax.api",
-    "train": "llmos_jax.api",
+    "run_training": "llmos_jax.api",
     "LanguageModel": "llmos_jax.api",
     "Settings": "llmos_jax.train.settings",
     "SamplingConfig": "llmos_jax.serve.sample",

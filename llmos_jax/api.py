@@ -26,7 +26,7 @@ def load_settings(spec, overrides=()):
     return settings, pathlib.Path("runs") / (f"{path.stem}-{slug}" if slug else path.stem)
 
 
-def train(settings, directory, *, launched=None):
+def run_training(settings, directory, *, launched=None):
     """Trains as `settings` say in run directory `directory`, going on from where it stands; returns its summary.
 
     The summary is a dict: step, evaluation {metric: value}, baselines, goodput, seconds {category: seconds},
@@ -43,7 +43,7 @@ def train(settings, directory, *, launched=None):
     with RunDirectoryLease(directory), _log_file(directory / run_directory.LOG_FILE):
         summary = run_directory.finished(directory, settings)
         if summary is None:
-            return _train(settings, directory, launched)
+            return _run_training(settings, directory, launched)
         logging.info("%s is finished: %s.", directory, headline(summary))
         logging.info("To go on, raise train.steps (or train.max_seconds); to start anew, name another --workdir.")
         return summary
@@ -122,7 +122,7 @@ def prepare_platform(settings):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def _train(settings, directory, launched):
+def _run_training(settings, directory, launched):
     from llmos_jax.compute import devices
     from llmos_jax.compute.sharding import make_placement
     from llmos_jax.evaluate.evaluator import make_evaluator

@@ -49,7 +49,7 @@ def _train(words, values, overrides, launched):
     if not values.config:
         raise errors.ConfigError(f"--config is missing.\n\n{_USAGE}")
     settings, default_directory = api.load_settings(values.config, overrides)
-    api.train(settings, values.workdir or default_directory, launched=launched)
+    api.run_training(settings, values.workdir or default_directory, launched=launched)
 
 
 def _generate(words, values, overrides, launched):

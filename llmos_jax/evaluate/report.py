@@ -37,7 +37,7 @@ summary { cursor: pointer; color: var(--soft); }
 def write_report(path, *, title, settings, metrics, summary):
     """Writes the report of a run as one self-contained page (no script, nothing loaded).
 
-    settings: plain resolved settings. metrics: entries of metrics.jsonl. summary: the dict that `api.train` returns.
+    settings: plain resolved settings. metrics: entries of metrics.jsonl. summary: the dict that `api.run_training` returns.
     Everything that is text is escaped: samples and settings can hold anything.
     """
     losses = _series(metrics, "train/loss")

@@ -47,7 +47,7 @@ def final_params(directory):
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    api.train(settings_for(), directory)
+    api.run_training(settings_for(), directory)
     return directory
 
 
@@ -83,9 +83,9 @@ def test_resumed_run_is_bitwise_the_same(uninterrupted, tmp_path):
     `steps`, so the schedule must not depend on it: it is constant here in both runs."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     constant = {"optim__schedule": "constant", "optim__warmup": 0.0}
-    api.train(settings_for(**constant), whole)
-    api.train(settings_for(train__steps=10, **constant), parts)
-    api.train(settings_for(train__log_every_steps=3, **constant), parts)
+    api.run_training(settings_for(**constant), whole)
+    api.run_training(settings_for(train__steps=10, **constant), parts)
+    api.run_training(settings_for(train__log_every_steps=3, **constant), parts)
     assert losses(parts) == losses(whole) and len(losses(whole)) == STEPS
     jax.tree.map(np.testing.assert_array_equal, final_params(parts), final_params(whole))
 
@@ -129,7 +129,7 @@ def test_killed_run_redoes_only_what_was_not_saved(uninterrupted, tmp_path):
 def test_a_finished_run_says_so_and_is_left_alone(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     start = time.monotonic()
-    summary = api.train(settings_for(), uninterrupted)
+    summary = api.run_training(settings_for(), uninterrupted)
     assert summary["step"] == STEPS and time.monotonic() - start < 2
     assert (uninterrupted / "metrics.jsonl").read_bytes() == before
 
@@ -143,7 +143,7 @@ def test_damage_falls_back_and_the_curve_is_the_same(uninterrupted, tmp_path):
     for file in (newest / "params").rglob("*"):
         if file.is_file():
             file.write_bytes(bytes(file.stat().st_size))
-    api.train(settings_for(), run)
+    api.run_training(settings_for(), run)
     assert (run / "checkpoints" / f"quarantine-{STEPS}").is_dir()
     assert losses(run) == losses(uninterrupted)
 
@@ -151,35 +151,35 @@ def test_damage_falls_back_and_the_curve_is_the_same(uninterrupted, tmp_path):
 def test_another_experiment_is_refused_and_nothing_lost(uninterrupted):
     before = sorted(p.name for p in uninterrupted.iterdir())
     with pytest.raises(RunDirectoryError, match="holds another experiment .*optim.learning_rate"):
-        api.train(settings_for(optim__learning_rate=1e-4, train__steps=40), uninterrupted)
+        api.run_training(settings_for(optim__learning_rate=1e-4, train__steps=40), uninterrupted)
     with pytest.raises(RunDirectoryError, match="seed: 0 -> 1"):
-        api.train(settings_for(seed=1, train__steps=40), uninterrupted)
+        api.run_training(settings_for(seed=1, train__steps=40), uninterrupted)
     assert sorted(p.name for p in uninterrupted.iterdir()) == before
     (uninterrupted / "settings.json").rename(uninterrupted / "kept")
     (uninterrupted / "settings.json").write_text("{")
     with pytest.raises(RunDirectoryError, match="settings.json is not JSON"):
-        api.train(settings_for(train__steps=40), uninterrupted)
+        api.run_training(settings_for(train__steps=40), uninterrupted)
     (uninterrupted / "kept").replace(uninterrupted / "settings.json")
 
 
 def test_unusable_run_directories(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunDirectoryError, match="can't be used"):
-        api.train(settings_for(), tmp_path / "file")
+        api.run_training(settings_for(), tmp_path / "file")
     with pytest.raises(RunDirectoryError, match="holds no run"):
         api.load(tmp_path)
     with pytest.raises(RunDirectoryError, match="init_from=.* is no run directory"):
-        api.train(settings_for(train__init_from=tmp_path / "nothing"), tmp_path / "new")
+        api.run_training(settings_for(train__init_from=tmp_path / "nothing"), tmp_path / "new")
 
 
 def test_warm_start_begins_where_the_other_run_ended(uninterrupted, tmp_path):
-    api.train(settings_for(train__init_from=uninterrupted, train__steps=2, optim__learning_rate=1e-6), tmp_path / "warm")
+    api.run_training(settings_for(train__init_from=uninterrupted, train__steps=2, optim__learning_rate=1e-6), tmp_path / "warm")
     assert losses(tmp_path / "warm")[1] < losses(uninterrupted)[1] - 0.3
 
 
 def test_samples_and_traces_on_request(tmp_path):
     """Samples have a rhythm of their own; a profiler trace covers the steps that were named."""
-    api.train(settings_for(train__steps=6, train__sample_every_steps=2, train__profile_steps="3,4"), tmp_path)
+    api.run_training(settings_for(train__steps=6, train__sample_every_steps=2, train__profile_steps="3,4"), tmp_path)
     sampled = [entry["step"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry]
     assert sampled == [2, 4, 6]
     assert [file for file in (tmp_path / "profile").rglob("*") if file.is_file()]
@@ -188,23 +188,25 @@ def test_samples_and_traces_on_request(tmp_path):
 def test_training_by_the_clock_ends_in_time_and_goes_on_where_it_was(tmp_path):
     """The schedule reaches its end with the clock; a prolonged run counts the time that was used."""
     flags = {"train__steps": "none", "train__max_seconds": 3.0, "optim__schedule": "linear", "optim__final_share": 0.0}
-    summary = api.train(settings_for(**flags), tmp_path)
+    summary = api.run_training(settings_for(**flags), tmp_path)
     assert 3.0 <= summary["elapsed_seconds"] < 30 and summary["step"] > 5
     rates = [e["train/learning_rate"] for e in read_metrics(tmp_path / "metrics.jsonl") if "train/learning_rate" in e]
     assert rates[-1] < 0.2 * max(rates)
-    again = api.train(settings_for(**flags | {"train__max_seconds": 1000.0, "train__steps": summary["step"] + 2}), tmp_path)
+    again = api.run_training(
+        settings_for(**flags | {"train__max_seconds": 1000.0, "train__steps": summary["step"] + 2}), tmp_path
+    )
     assert again["step"] == summary["step"] + 2 and again["elapsed_seconds"] > summary["elapsed_seconds"]
 
 
 def test_batches_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch_size=12 is not divisible by 8 data shards.*the next size that is: 16"):
-        api.train(settings_for(train__batch_size=12), tmp_path / "run")
+        api.run_training(settings_for(train__batch_size=12), tmp_path / "run")
     with pytest.raises(ConfigError, match="train.microbatches=3"):
         settings_for(train__microbatches=3)
     with pytest.raises(ConfigError, match="model.context=32 is shorter than .*data.length=64"):
-        api.train(settings_for(model__context=32), tmp_path / "run2")
+        api.run_training(settings_for(model__context=32), tmp_path / "run2")
     with pytest.raises(ConfigError, match="model.vocab_size=100 is smaller than the tokenizer's 257"):
-        api.train(settings_for(model__vocab_size=100), tmp_path / "run3")
+        api.run_training(settings_for(model__vocab_size=100), tmp_path / "run3")
 
 
 def test_a_model_that_does_not_fit_says_what_takes_the_memory(tmp_path, monkeypatch):
@@ -212,7 +214,7 @@ def test_a_model_that_does_not_fit_says_what_takes_the_memory(tmp_path, monkeypa
     with pytest.raises(
         DeviceMemoryError, match=r"needs .* GiB per device.*(optimizer|parameters|activations).*lower train.batch_size"
     ):
-        api.train(settings_for(), tmp_path / "run")
+        api.run_training(settings_for(), tmp_path / "run")
 
 
 def test_bad_batches_are_skipped_bitwise_and_too_many_stop_the_run(tmp_path, monkeypatch):
@@ -229,16 +231,16 @@ def test_bad_batches_are_skipped_bitwise_and_too_many_stop_the_run(tmp_path, mon
         return make
 
     base = {"optim__schedule": "constant", "optim__warmup": 0.0}
-    api.train(settings_for(train__steps=10, **base), tmp_path / "clean")
+    api.run_training(settings_for(train__steps=10, **base), tmp_path / "clean")
     monkeypatch.setattr(loop, "make_batch", poisoned({3, 7}))
-    api.train(settings_for(train__steps=12, **base), tmp_path / "poisoned")
+    api.run_training(settings_for(train__steps=12, **base), tmp_path / "poisoned")
     clean, spoiled = losses(tmp_path / "clean"), losses(tmp_path / "poisoned")
     assert [spoiled[step] for step in (4, 8)] == ["nan", "nan"]
     assert [loss for loss in spoiled.values() if loss != "nan"] == list(clean.values())
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path / "poisoned"), final_params(tmp_path / "clean"))
     monkeypatch.setattr(loop, "make_batch", poisoned("all"))
     with pytest.raises(TrainingDiverged, match="10 steps in a row were skipped, the last at batch 9.*embedding"):
-        api.train(settings_for(train__log_every_steps=1), tmp_path / "all")
+        api.run_training(settings_for(train__log_every_steps=1), tmp_path / "all")
 
 
 def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, monkeypatch):
@@ -263,7 +265,7 @@ def test_nothing_is_read_from_the_device_between_log_steps(tmp_path, monkeypatch
         return result
 
     monkeypatch.setattr(loop, "_train", counted)
-    api.train(settings, tmp_path / "run")
+    api.run_training(settings, tmp_path / "run")
     # 20 steps, windows of 5 read one step late: 3 full windows and the rest; then fingerprints and the evaluation.
     assert before["loop"] <= 4 + 3
     assert "block" not in reads
