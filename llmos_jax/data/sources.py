@@ -93,10 +93,10 @@ def read_documents(source, files, log=print):
             left_out.append(str(error))
     if left_out:
         log(f"{source.path}: left out {len(left_out)} of {len(files)} files:")
-        for line in left_out[:10]:
+        for line in left_out[:3]:
             log(f"  {line}")
-        if len(left_out) > 10:
-            log(f"  ... and {len(left_out) - 10} more")
+        if len(left_out) > 3:
+            log(f"  ... and {len(left_out) - 3} more")
     if not yielded:
         raise DataError(f"data source {source.path}: none of its {len(files)} files holds text.")
 
