@@ -114,10 +114,10 @@ def prepare_platform(settings):
     has_kept_heap = settings.train.keep_heap and host.keep_heap()
     import jax
 
-    if jax.config.jax_platforms == "cpu" or jax.default_backend() == "cpu":
-        # One step's temporaries alive at a time; with the kept heap they are then reused, never faulted in again.
-        jax.config.update("jax_cpu_enable_async_dispatch", False)
-        logging.info("heap kept: %s", has_kept_heap)
+    # Steps then run on the calling thread, whose heap is the one that is kept, one step's temporaries at a time: they are
+    # reused, never faulted in again. It counts only before the CPU backend starts, so no device may be asked for here.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    logging.info("freed memory is kept: %s", has_kept_heap)
     jax.config.update("jax_compilation_cache_dir", str(host.cache_directory("compile")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
