@@ -79,6 +79,7 @@ def _generate(words, values, overrides, launched):
 
 def _checkpoint(words, values, overrides, launched):
     from llmos_jax.train import checkpoint
+    from llmos_jax.train.lease import RunDirectoryLease
     from llmos_jax.train.loop import CHECKPOINTS
 
     action = words.pop(0) if words else "ls"
@@ -95,7 +96,8 @@ def _checkpoint(words, values, overrides, launched):
         if damaged:
             raise errors.CheckpointError(f"damaged: step {', '.join(damaged)}.")
     elif action == "gc":
-        removed = checkpoint.collect_garbage(directory, keep=values.keep)
+        with RunDirectoryLease(directory.parent):  # never under the feet of a run
+            removed = checkpoint.collect_garbage(directory, keep=values.keep)
         print("\n".join(f"removed {name}" for name in removed) or "nothing to remove")
     else:
         raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")

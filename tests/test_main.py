@@ -8,6 +8,7 @@ import time
 import pytest
 
 from llmos_jax.main import main
+from llmos_jax.train.lease import RunDirectoryLease
 
 EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
 
@@ -56,6 +57,8 @@ def test_checkpoint_verbs(run_directory):
     assert "12" in llmos("checkpoint", "ls", f"--workdir={run_directory}").stdout
     verified = llmos("checkpoint", "verify", f"--workdir={run_directory}")
     assert verified.returncode == 0 and "every array as it was saved" in verified.stdout
+    with RunDirectoryLease(run_directory):
+        assert main(["llmos", "checkpoint", "gc", f"--workdir={run_directory}"]) == 78
     assert "removed 8" in llmos("checkpoint", "gc", f"--workdir={run_directory}", "--keep=1").stdout
 
 
@@ -105,8 +108,6 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
 
 
 def test_a_second_writer_is_refused(tmp_path):
-    from llmos_jax.train.lease import RunDirectoryLease
-
     with RunDirectoryLease(tmp_path):
         done = llmos("--config=experiments/gpt.py:smoke", f"--workdir={tmp_path}")
     assert done.returncode == 78 and "RunDirectoryLocked" in done.stderr and "in use by process" in done.stderr
