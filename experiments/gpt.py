@@ -48,7 +48,7 @@ def get_config(arg=""):
     sources = _sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.data = dict(sources=sources, tokenizer=options["tokenizer"], length=context)
     if sources[0]["path"].startswith("stdlib"):
-        config.task = dict(name="language", prompts=("def ", "import "))
+        config.task = dict(name="language", prompts=("def", "import"))
     config.optim = dict(learning_rate=learning_rate)
     config.train = dict(batch_size=batch_size, steps=steps, log_every_steps=10, evaluate_every_steps=250)
     config.checkpoint = dict(every_steps=250)
@@ -73,7 +73,7 @@ def get_config(arg=""):
         config.train.update(batch_size=8, steps=12, max_seconds=None, log_every_steps=4, evaluate_every_steps=8)
         config.train.sample_every_steps = None
         config.data.validation_fraction = 0.1
-        config.task = dict(name="language", prompts=("def ", "import "), evaluation_batches=4, sample_tokens=16)
+        config.task = dict(name="language", prompts=("def", "import"), evaluation_batches=4, sample_tokens=16)
         config.checkpoint = dict(every_steps=8)
         config.data.tokenizer = options["tokenizer"] or "byte"
     return config

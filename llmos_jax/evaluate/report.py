@@ -21,11 +21,11 @@ p { margin: .2rem 0; color: var(--soft); }
 .figure { background: var(--panel); border-radius: .6rem; padding: .7rem .9rem; }
 .figure b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
 .figure span { color: var(--soft); font-size: .82rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); gap: 1rem; }
 .charts .wide { grid-column: 1 / -1; }
 svg { width: 100%; height: auto; background: var(--panel); border-radius: .6rem; display: block; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } svg .title { fill: var(--ink); font-weight: 600; }
-pre { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap;
+pre { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.45 ui-monospace, monospace; margin: .4rem 0 1rem; } pre b { color: var(--blue); }
 .bar { display: flex; height: 1.6rem; border-radius: .4rem; overflow: hidden; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin-top: .5rem; font-size: .85rem; color: var(--soft); }
