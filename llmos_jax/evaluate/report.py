@@ -25,7 +25,7 @@ p { margin: .2rem 0; color: var(--soft); }
 .charts .wide { grid-column: 1 / -1; }
 svg { width: 100%; height: auto; background: var(--panel); border-radius: .6rem; display: block; }
 svg text { fill: var(--soft); font: 11px system-ui, sans-serif; } svg .title { fill: var(--ink); font-weight: 600; }
-pre { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+pre { background: var(--panel); border-radius: .6rem; padding: .8rem 1rem; white-space: pre-wrap; overflow-wrap: anywhere;
   font: 13px/1.45 ui-monospace, monospace; margin: .4rem 0 1rem; } pre b { color: var(--blue); }
 .bar { display: flex; height: 1.6rem; border-radius: .4rem; overflow: hidden; }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin-top: .5rem; font-size: .85rem; color: var(--soft); }
@@ -50,7 +50,7 @@ def write_report(path, *, title, settings, metrics, summary):
             "Loss, nats per token",
             [("training", losses, _COLOURS["loss"], .3), ("training, smoothed", _smooth(losses), _COLOURS["loss"], 1.0),
              ("validation", _series(metrics, "validation/loss"), _COLOURS["validation"], 1.0)],
-            width=1040, height=360,
+            width=800, height=320,
         ),
         "</div>",
         *[
