@@ -60,7 +60,9 @@ class _Run:
     checkpointer: Checkpointer
     preemption: Preemption
     elapsed_before: float = 0.0
-    restored_at: int | None = None
+    evaluation: dict = dataclasses.field(default_factory=dict)
+    evaluated_at: int | None = None
+    sampled_at: int | None = None
     started: float | None = None
 
     def elapsed_seconds(self):
@@ -139,7 +141,7 @@ def _train(run, evaluate, sample, initial_params, launched):
     leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
     batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
     profile = _Profile(config.profile_steps, run.directory)
-    evaluation, evaluated_at, sampled_at, pending = {}, None, None, []
+    pending = []
     run.started = time.perf_counter()
 
     def flush(entries):
@@ -154,22 +156,25 @@ def _train(run, evaluate, sample, initial_params, launched):
             figures = {name: float(value) for name, value in values.items()}
             if step == entries[-1][0]:
                 meter.update(step, account.totals(), jax.local_devices())
-                progress.update(step, figures | {"train/loss": mean_loss} | meter.figures() | evaluation)
+                progress.update(step, figures | {"train/loss": mean_loss} | meter.figures() | run.evaluation)
                 figures |= meter.figures() | {"throughput/goodput": account.goodput()}
             writer.write(step, figures)
             guard.check(settings.optim, verdict, leaf_names)
 
     def evaluate_state():
-        nonlocal evaluation, evaluated_at
+        if run.evaluated_at == position:  # by the process before this one
+            return
         with account.spend("evaluate"):
-            evaluation, evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
-        writer.write(position, evaluation)
-        progress.message(f"step {position}  " + "  ".join(f"{name} {value:.4f}" for name, value in evaluation.items()))
+            run.evaluation, run.evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
+        writer.write(position, run.evaluation)
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in run.evaluation.items())
+        progress.message(f"step {position}  {shown}")
 
     def sample_state():
-        nonlocal sampled_at
+        if run.sampled_at == position:
+            return
         with account.spend("sample"):
-            texts, sampled_at = sample(state.evaluated_params), position
+            texts, run.sampled_at = sample(state.evaluated_params), position
         writer.write_samples(position, texts)
         for text in texts:
             progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
@@ -179,11 +184,11 @@ def _train(run, evaluate, sample, initial_params, launched):
             preemption.poll()
 
             # ---- Evaluate the old state, then save it: what was measured is what is kept.
-            if _is_due(config.evaluate_every_steps, position) and position != run.restored_at:
+            if _is_due(config.evaluate_every_steps, position):
                 flush(pending)
                 pending = []
                 evaluate_state()
-            if _is_due(config.sample_every_steps, position) and position != run.restored_at:
+            if _is_due(config.sample_every_steps, position):
                 sample_state()
             if run.checkpointer.should_save(position):
                 with account.spend("save_block"):
@@ -212,12 +217,10 @@ def _train(run, evaluate, sample, initial_params, launched):
         # ---- The end: last metrics, evaluation, samples, checkpoint.
         flush(pending)
         pending = []
+        evaluate_state()
+        sample_state()
         with account.spend("save_block"):
             _save(run, state, position)
-        if evaluated_at != position:
-            evaluate_state()
-        if sampled_at != position:
-            sample_state()
     except Preempted:
         flush(pending)
         with account.spend("save_block"):
@@ -234,7 +237,7 @@ def _train(run, evaluate, sample, initial_params, launched):
         run.checkpointer.wait()
     return Result(
         step=position,
-        evaluation={name.partition("/")[2]: value for name, value in evaluation.items()},
+        evaluation={name.partition("/")[2]: value for name, value in run.evaluation.items()},
         goodput=account.goodput(),
         seconds=account.totals(),
         throughput=meter.figures(),
@@ -277,7 +280,9 @@ def _restore_or_init(run, initial_params):
     if restored is not None:
         step, tree, metadata = restored
         run.task.check_identity(metadata["data"])
-        run.elapsed_before, run.restored_at = metadata["elapsed_seconds"], metadata["position"]
+        run.elapsed_before = metadata["elapsed_seconds"]
+        run.evaluation, run.evaluated_at = metadata["evaluation"], metadata["evaluated_at"]
+        run.sampled_at = metadata["sampled_at"]
         run.account.merge(metadata["seconds"])
         logging.info("restored step %d from %s", step, run.directory)
         return states.from_tree(tree, abstract), metadata["position"]
@@ -300,6 +305,9 @@ def _save(run, state, position):
         "settings": to_plain(run.settings),
         "elapsed_seconds": run.elapsed_seconds(),
         "seconds": run.account.totals(),
+        "evaluation": run.evaluation,
+        "evaluated_at": run.evaluated_at,
+        "sampled_at": run.sampled_at,
         "artifacts": dict(run.task.artifacts),
     }
     run.checkpointer.save(position, states.to_tree(state), metadata)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llmos_jax import api
-from llmos_jax.errors import ConfigError, DeviceMemoryError, RunDirectoryError, TrainingDiverged
+from llmos_jax.errors import ConfigError, DeviceMemoryError, Preempted, RunDirectoryError, TrainingDiverged
 from llmos_jax.train import loop
 from llmos_jax.train.directory import DONE_FILE
 from llmos_jax.train.metrics import read_metrics
@@ -110,6 +110,27 @@ def test_signals_lose_no_step(number, uninterrupted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert f"restored step {stopped_at}" in done.stderr
     assert losses(tmp_path / "run") == losses(uninterrupted)
+
+
+def test_an_evaluation_that_was_due_is_not_lost_to_a_signal(tmp_path, monkeypatch):
+    """Stopped between a step and its evaluation: the next process evaluates first, and never twice."""
+    due = {"train__steps": 12, "train__evaluate_every_steps": 6, "train__log_every_steps": 1}
+    real = loop.Preemption.poll
+    calls = []
+
+    def poll(self):
+        calls.append(1)
+        if len(calls) == 7:  # the seventh turn of the loop, before its evaluation
+            self.signal_name = "SIGTERM"
+        real(self)
+
+    monkeypatch.setattr(loop.Preemption, "poll", poll)
+    with pytest.raises(Preempted):
+        api.run_training(settings_for(**due), tmp_path)
+    for steps in (12, 18):
+        api.run_training(settings_for(**due | {"train__steps": steps}), tmp_path)
+    entries = read_metrics(tmp_path / "metrics.jsonl")
+    assert [entry["step"] for entry in entries if "validation/loss" in entry] == [6, 12, 18]
 
 
 def test_killed_run_redoes_only_what_was_not_saved(uninterrupted, tmp_path):
