@@ -109,17 +109,18 @@ def is_worth_reading(record):
 
 def prepare_platform(settings):
     """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache."""
-    from llmos_jax.compute import host
-
-    has_kept_heap = settings.train.keep_heap and host.keep_heap()
     import jax
 
+    from llmos_jax.compute import host
+
     # Steps then run on the calling thread, whose heap is the one that is kept, one step's temporaries at a time: they are
-    # reused, never faulted in again. It counts only before the CPU backend starts, so no device may be asked for here.
+    # reused, never faulted in again. It counts only before the CPU backend starts, so before a device is asked for.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
-    logging.info("freed memory is kept: %s", has_kept_heap)
     jax.config.update("jax_compilation_cache_dir", str(host.cache_directory("compile")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    if jax.default_backend() == "cpu":
+        has_kept_heap = settings.train.keep_heap and host.keep_heap()
+        logging.info("freed memory is kept for reuse: %s", has_kept_heap)
 
 
 def _run_training(settings, directory, launched):
