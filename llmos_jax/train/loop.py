@@ -104,6 +104,8 @@ def train(
     handle = states.describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     account = TimeAccount()
+    if launched is not None:
+        account.merge({"init": time.time() - launched})
     checkpointer = Checkpointer(directory / CHECKPOINTS, settings.checkpoint)
     with Preemption() as preemption:
         run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption)
@@ -131,13 +133,15 @@ def _train(run, evaluate, sample, initial_params, launched):
     with account.spend("restore"):
         state, position = _restore_or_init(run, initial_params)
     logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
-    writer = MetricsWriter(run.directory, is_writer=jax.process_index() == 0, step=position)
+    is_first = jax.process_index() == 0
+    writer = MetricsWriter(run.directory, is_writer=is_first, step=position)
+    account.merge({"redo": writer.lost_seconds})
     meter = ThroughputMeter(
         tokens_per_step=task.batch_size * task.tokens_per_row,
         flops_per_token=task.flops_per_token,
         peak_flops=devices.peak_flops(run.placement.mesh.devices.flat, _dtype_name(run)),
     )
-    progress = Progress(total=config.steps, start=position, fraction=run.clock)
+    progress = Progress(total=config.steps, start=position, fraction=run.clock, is_shown=is_first)
     leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
     batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
     profile = _Profile(config.profile_steps, run.directory)
@@ -191,6 +195,8 @@ def _train(run, evaluate, sample, initial_params, launched):
             if _is_due(config.sample_every_steps, position):
                 sample_state()
             if run.checkpointer.should_save(position):
+                flush(pending)  # what is saved is also written: a kill after this save loses no line of metrics
+                pending = []
                 with account.spend("save_block"):
                     _save(run, state, position)
             run.checkpointer.poll()

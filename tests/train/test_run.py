@@ -147,6 +147,24 @@ def test_killed_run_redoes_only_what_was_not_saved(uninterrupted, tmp_path):
     assert losses(tmp_path / "run") == losses(uninterrupted)
 
 
+def test_a_crash_right_after_a_save_loses_no_line_of_metrics(uninterrupted, tmp_path, monkeypatch):
+    """Log windows longer than the way to the save: what the checkpoint holds, the metrics file holds, too."""
+    real = loop._save
+
+    def save_and_crash(run, state, position):
+        real(run, state, position)
+        run.checkpointer.wait()
+        raise RuntimeError("crash")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_save", save_and_crash)
+        with pytest.raises(RuntimeError, match="crash"):
+            api.run_training(settings_for(train__log_every_steps=100), tmp_path)
+    assert list(losses(tmp_path)) == list(range(1, 11))
+    api.run_training(settings_for(), tmp_path)
+    assert list(losses(tmp_path)) == list(losses(uninterrupted))
+
+
 def test_a_finished_run_says_so_and_is_left_alone(uninterrupted):
     before = (uninterrupted / "metrics.jsonl").read_bytes()
     start = time.monotonic()
