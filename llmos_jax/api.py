@@ -124,7 +124,7 @@ def prepare_platform(settings):
 
 
 def _run_training(settings, directory, launched):
-    from llmos_jax.compute import devices
+    from llmos_jax.compute import devices, host
     from llmos_jax.compute.sharding import make_placement
     from llmos_jax.evaluate.evaluator import make_evaluator
     from llmos_jax.evaluate.report import write_report
@@ -145,7 +145,7 @@ def _run_training(settings, directory, launched):
     settings = dataclasses.replace(settings, model=task.model_config)
     run_directory.claim(directory, settings)
     for name, text in task.artifacts.items():
-        (directory / name).write_text(text)
+        host.write_whole(directory / name, text)
     machine = devices.describe_devices(placement.mesh.devices.flat)
     tokens = task.batch_size * task.tokens_per_row
     logging.info("%s on %s, mesh %s", settings.name, machine, dict(placement.mesh.shape))
@@ -221,7 +221,7 @@ def _restore_params(directory, abstract, *, step=None, key="params"):
 @contextlib.contextmanager
 def _log_file(path):
     """Adds everything that is logged, and the trace of an error that ends the run, to a file of the run directory."""
-    handler = python_logging.FileHandler(path)
+    handler = python_logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(is_worth_reading)
     logger = logging.get_absl_logger()

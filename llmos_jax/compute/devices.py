@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import time
 
 from llmos_jax.compute import host
@@ -108,9 +107,7 @@ def measure_cpu_flops():
             start = time.perf_counter()
             product(x).block_until_ready()
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    temporary = file.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(known | {key: best}, indent=2))
-    temporary.replace(file)
+    host.write_whole(file, json.dumps(known | {key: best}, indent=2))
     return best
 
 

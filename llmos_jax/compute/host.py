@@ -62,15 +62,45 @@ def cpu_model():
     return "CPU"
 
 
+def process_start(pid):
+    """Returns when a process of this host was started, in clock ticks since boot; None when there is none.
+
+    0 for a living one where the system does not tell (no /proc: macOS).
+    """
+    try:
+        # Field 22 of stat, counted after the command name, which may hold spaces.
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        pass
+    if pathlib.Path("/proc/self/stat").exists():
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        return 0
+    return 0
+
+
 def process_age_seconds():
     """Returns how long ago this process was started; 0 where the system does not tell."""
     try:
-        # Field 22 of stat, counted after the command name, which may hold spaces: start in clock ticks since boot.
-        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
     except (OSError, ValueError, IndexError):
         return 0.0
-    return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    return max(0.0, uptime - process_start(os.getpid()) / os.sysconf("SC_CLK_TCK"))
+
+
+def write_whole(path, text):
+    """Writes a text file that others see whole or not at all, whoever else writes it and whenever this process dies."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    try:
+        temporary.write_text(text, "utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def keep_heap():

@@ -8,11 +8,12 @@ import threading
 import numpy as np
 
 from llmos_jax.data.text import expand
-from llmos_jax.errors import DataError, DataIdentityMismatch
+from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 
 _ROUNDS = 6
-# A mixture repeats a shuffled pattern of this many records, in which every source has its share to within one record.
-_PATTERN = 1000
+# A mixture repeats a shuffled pattern of records, in which every source has its share to within one record. It is as long
+# as it takes for the smallest share to be exact to a percent, within these limits.
+_SHORTEST_PATTERN, _LONGEST_PATTERN = 1000, 1_000_000
 
 
 class Loader:
@@ -187,10 +188,16 @@ def _pattern(weights, seed):
     """Returns (owner of each slot, its rank among its owner's slots, slots of each source) of the mixture's pattern."""
     if len(weights) == 1:
         return np.zeros(1, np.int64), np.zeros(1, np.int64), [1]
-    exact = np.array(weights) / sum(weights) * _PATTERN
-    shares = np.maximum(1, np.floor(exact)).astype(int)
-    for number in np.argsort(-(exact - np.floor(exact)), kind="stable")[: max(0, _PATTERN - shares.sum())]:
-        shares[number] += 1
+    share = np.array(weights) / sum(weights)
+    if share.min() < 1 / _LONGEST_PATTERN:
+        raise ConfigError(
+            f"data.sources: weight {min(weights):g} is {share.min():.1g} of the mixture; the least is 1e-6: raise it or drop "
+            "the source."
+        )
+    period = int(np.clip(np.ceil(100 / share.min()), _SHORTEST_PATTERN, _LONGEST_PATTERN))
+    exact = share * period
+    shares = np.floor(exact).astype(int)
+    shares[np.argsort(shares - exact, kind="stable")[: period - shares.sum()]] += 1
     owners = np.repeat(np.arange(len(weights)), shares)
     owners = owners[shuffled(np.arange(len(owners)), len(owners), seed=f"{seed}/mixture")]
     rank = np.zeros(len(owners), np.int64)

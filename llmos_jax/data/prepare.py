@@ -16,12 +16,12 @@ from llmos_jax.data import sources as sources_lib
 from llmos_jax.data.sources import SourceConfig
 from llmos_jax.data.store import FORMAT, SPLITS, Store, is_store, write_store
 from llmos_jax.data.text import Packer
-from llmos_jax.data.tokenizer import load_tokenizer, make_tokenizer, save_tokenizer
+from llmos_jax.data.tokenizer import load_tokenizer, make_tokenizer, pieces
 from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 
-# BPE merges converge long before this; more text only costs time.
+# BPE merges converge long before this; more text only costs time. The sample is taken in pieces from all over the text.
 _TOKENIZER_SAMPLE_CHARACTERS = 16_000_000
-_ENCODE_BATCH_CHARACTERS = 4_000_000
+_TOKENIZER_PIECE_CHARACTERS = 50_000
 TOKENIZER_FILE = "tokenizer.json"
 
 
@@ -73,8 +73,7 @@ def prepare(config, *, log=print):
     raw = [source for source, folder in zip(config.sources, folders, strict=True) if folder is None]
     prepared = [folder for folder in folders if folder is not None]
     tokenizer = _shared_tokenizer(config, prepared) if prepared else None
-    cache = pathlib.Path(config.cache_dir) if config.cache_dir else host.cache_directory("data")
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _cache_directory(config)
     inputs = [_Input(source, cache) for source in raw]
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs, cache, log)
@@ -92,30 +91,33 @@ class _Input:
     def __init__(self, source, cache):
         self.source = source
         self.files = [] if source.path.startswith("tfds:") else sources_lib.list_files(source)
+        self.bytes = sum(file.stat().st_size for file in self.files)
         self.content = self._tfds_content() if not self.files else self._file_content(cache)
 
     def split_of(self, document, fraction):
-        digest = hashlib.sha256(document.key.encode()).digest()
+        digest = hashlib.sha256(os.fsencode(document.key)).digest()
         return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
 
     def documents(self, fraction, log):
-        """Yields (split, text): by document, or for one text file by position (its end is validation)."""
+        """Yields (split, text): by document, or for one text file by position (its end is validation).
+
+        Of two documents or more no split stays empty: the first document is dealt last, and fills the one that is.
+        """
         if sources_lib.is_single_text(self.source, self.files):
             (document,) = sources_lib.read_documents(self.source, self.files, log)
             cut = len(document.text) - max(1, round(len(document.text) * fraction))
             yield "train", document.text[:cut]
             yield "validation", document.text[cut:]
             return
-        held, seen = None, set()
-        for document in sources_lib.read_documents(self.source, self.files, log):
+        seen = set()
+        documents = sources_lib.read_documents(self.source, self.files, log)
+        first = next(documents)  # there is one: a source without any is an error
+        for document in documents:
             split = self.split_of(document, fraction)
-            if held is None and not seen and split == "train":
-                held = document  # decided last: a split that stayed empty gets it
-                continue
             seen.add(split)
             yield split, document.text
-        if held is not None:
-            yield "train" if "train" not in seen else "validation" if "validation" not in seen else "train", held.text
+        empty = [split for split in SPLITS if split not in seen]
+        yield empty[0] if len(empty) == 1 else self.split_of(first, fraction), first.text
 
     def _tfds_content(self):
         import tensorflow_datasets as tfds
@@ -134,8 +136,19 @@ class _Input:
             return note.read_text()
         content = sources_lib.content_hash(self.source, self.files)
         note.parent.mkdir(exist_ok=True)
-        note.write_text(content)
+        host.write_whole(note, content)
         return content
+
+
+def _cache_directory(config):
+    if not config.cache_dir:
+        return host.cache_directory("data")
+    cache = pathlib.Path(config.cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"data.cache_dir={config.cache_dir} can't be used ({error.strerror}): name another.") from None
+    return cache
 
 
 def _folder(source):
@@ -166,21 +179,23 @@ def _tokenizer(config, inputs, cache, log):
         return load_tokenizer(file)
     start = time.perf_counter()
     tokenizer = make_tokenizer(config.tokenizer, _tokenizer_texts(config, inputs, log))
-    temporary = file.with_suffix(f".{os.getpid()}")
-    save_tokenizer(tokenizer, temporary)
-    temporary.replace(file)
+    host.write_whole(file, json.dumps(tokenizer.to_json()))
     log(f"tokenizer {config.tokenizer} trained in {time.perf_counter() - start:.1f} s")
     return tokenizer
 
 
 def _tokenizer_texts(config, inputs, log):
+    """Yields pieces of the training texts, evenly spread over every source and no more than the sample's size together."""
     budget = _TOKENIZER_SAMPLE_CHARACTERS // len(inputs)
     for item in inputs:
-        used = 0
+        share = budget / max(item.bytes, budget)  # compressed files hold more than they take: the budget ends them
+        seen = used = 0
         for split, text in item.documents(config.validation_fraction, log=lambda line: None):
-            if split == "train" and used < budget:
-                used += len(text)
-                yield text
+            for piece in pieces(text, _TOKENIZER_PIECE_CHARACTERS) if split == "train" else ():
+                if used <= seen * share and used < budget:
+                    used += len(piece)
+                    yield piece
+                seen += len(piece)
 
 
 def _prepare_one(config, item, tokenizer, cache, log):
@@ -224,22 +239,9 @@ def _prepare_one(config, item, tokenizer, cache, log):
 
 def _records(texts, tokenizer, length, dtype):
     packer = Packer(length, tokenizer.end_id, tokenizer.token_byte_lengths, dtype)
-    for batch in _batches(texts):
-        for tokens in tokenizer.encode_batch(batch):
-            yield from packer.add(tokens)
+    for tokens in tokenizer.encode_all(texts):
+        yield from packer.add(tokens)
     yield from packer.finish()
-
-
-def _batches(texts):
-    batch, size = [], 0
-    for text in texts:
-        batch.append(text)
-        size += len(text)
-        if size >= _ENCODE_BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
 
 
 def _check(config, store, tokenizer):

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import pathlib
 import sysconfig
 import zlib
@@ -15,6 +16,7 @@ from llmos_jax.errors import ConfigError, DataError
 
 _JSONL = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".ndjson")
 _PARQUET = (".parquet",)
+_CHUNK = 1 << 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +51,7 @@ def list_files(source):
     if path.is_file():
         return [path]
     if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _is_hidden(file.relative_to(path))]
         if not files:
             raise DataError(f"data source {source.path} is an empty folder.")
         return files
@@ -75,29 +77,33 @@ def is_single_text(source, files):
 def read_documents(source, files, log=print):
     """Yields the Documents of a source, in a fixed order and one file at a time.
 
-    In a folder, files that are empty, binary, unreadable or undecodable are counted, named and left out; DataError when
-    nothing is left, or when the only file that was asked for is bad.
+    Documents without any text are passed over. In a folder, files that are empty, binary, unreadable or undecodable are
+    counted, named and left out (from the place of the damage on); DataError when nothing is left, or when the only file
+    that was asked for is bad.
     """
     if source.path.startswith("tfds:"):
         yield from _read_tfds(source)
         return
-    root, left_out, yielded = root_of(source), [], False
+    root, left_out, total = root_of(source), [], 0
     for file in files:
+        count = 0
         try:
             for key, text in _read_file(file, source.text_key):
-                yielded = True
-                yield Document(f"{file.relative_to(root)}{key}", text)
+                if text.strip():
+                    count += 1
+                    yield Document(f"{file.relative_to(root)}{key}", text)
         except DataError as error:
             if len(files) == 1:
                 raise
-            left_out.append(str(error))
+            left_out.append(f"{error} Its {count} documents before that are used." if count else str(error))
+        total += count
     if left_out:
         log(f"{source.path}: left out {len(left_out)} of {len(files)} files:")
         for line in left_out[:3]:
             log(f"  {line}")
         if len(left_out) > 3:
             log(f"  ... and {len(left_out) - 3} more")
-    if not yielded:
+    if not total:
         raise DataError(f"data source {source.path}: none of its {len(files)} files holds text.")
 
 
@@ -105,13 +111,17 @@ def content_hash(source, files):
     """Returns a hash of the bytes of a source's files and their names below its root, 64 hex digits."""
     total, root = hashlib.sha256(), root_of(source)
     for file in files:
-        total.update(str(file.relative_to(root)).encode() + b"\0")
+        total.update(os.fsencode(file.relative_to(root)) + b"\0")
         try:
             with open(file, "rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         except OSError as error:
             total.update(f"unreadable {error.errno}".encode())
     return total.hexdigest()
+
+
+def _is_hidden(path):
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_stdlib(source):
@@ -157,7 +167,7 @@ def _read_jsonl(file, text_key):
                 if line is None:
                     break
                 record = json.loads(line) if line.strip() else None
-            except (ValueError, EOFError, zlib.error, OSError) as error:
+            except (ValueError, RecursionError, EOFError, zlib.error, OSError) as error:
                 raise DataError(f"{file} is damaged near line {max(number, 1)}: {error}.") from None
             if record is not None:
                 yield f":{number}", _field(record, text_key, f"{file}, line {number}")
@@ -167,32 +177,46 @@ def _read_jsonl(file, text_key):
 
 
 def _open(file):
-    if file.name.endswith(".gz"):
-        return gzip.open(file, "rt", encoding="utf-8")
-    if file.name.endswith(".zst"):
+    name = file.name.lower()
+    if name.endswith(".gz"):
+        return gzip.open(file, "rt", encoding="utf-8-sig")
+    if name.endswith(".zst"):
         try:
             import zstandard
         except ImportError:
             raise _missing_extra("zstandard", file) from None
-        return io.TextIOWrapper(_ZstdFile(zstandard, file), encoding="utf-8")
-    return open(file, encoding="utf-8")
+        return io.TextIOWrapper(io.BufferedReader(_ZstdFile(zstandard, file), _CHUNK), encoding="utf-8-sig")
+    return open(file, encoding="utf-8-sig")
 
 
 class _ZstdFile(io.RawIOBase):
-    """A zstandard file whose damage is an OSError, as that of every other file is."""
+    """A zstandard file of any number of frames, whose damage and early end are errors (the library's reader ends quietly)."""
 
     def __init__(self, zstandard, file):
-        self._error, self._raw = zstandard.ZstdError, open(file, "rb")  # noqa: SIM115  closed by close()
-        self._stream = zstandard.ZstdDecompressor().stream_reader(self._raw)
+        self._library, self._raw = zstandard, open(file, "rb")  # noqa: SIM115  closed by close()
+        self._frame, self._rest, self._ready = None, b"", memoryview(b"")
 
     def readable(self):
         return True
 
     def readinto(self, buffer):
-        try:
-            return self._stream.readinto(buffer)
-        except self._error as error:
-            raise OSError(str(error)) from None
+        while not self._ready:
+            data = self._rest or self._raw.read(_CHUNK)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._rest = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
 
     def close(self):
         self._raw.close()
@@ -212,18 +236,34 @@ def _read_parquet(file, text_key):
         raise DataError(f"{file} is not a parquet file: {error}.") from None
     if text_key not in table.schema_arrow.names:
         raise DataError(f"{file} has no column {text_key!r} (text_key); it has {', '.join(table.schema_arrow.names)}.")
-    row = 0
-    for batch in table.iter_batches(columns=[text_key]):
-        for text in batch.column(0).to_pylist():
+    batches, row = table.iter_batches(columns=[text_key]), 0
+    while True:
+        try:
+            texts = next(batches, None)
+            texts = None if texts is None else texts.column(0).to_pylist()
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{file} is damaged after row {row}: {str(error).splitlines()[0]}.") from None
+        if texts is None:
+            return
+        for text in texts:
             yield f":{row}", _field({text_key: text}, text_key, f"{file}, row {row}")
             row += 1
 
 
 def _field(record, text_key, where):
-    if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+    """Returns the text of a record; DataError says what stands there instead."""
+    if not isinstance(record, dict) or text_key not in record:
         known = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{where} has no text in {text_key!r} (text_key); it has {known}.")
-    return record[text_key]
+        raise DataError(f"{where} has no {text_key!r} (text_key); it has {known}.")
+    text = record[text_key]
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        if isinstance(text, str):
+            text.encode("utf-8")
+            return text
+    except UnicodeError as error:
+        raise DataError(f"{where} holds no valid Unicode in {text_key!r}: {error}.") from None
+    raise DataError(f"{where} has {type(text).__name__} in {text_key!r} (text_key), not text.")
 
 
 def _missing_extra(module, file):
@@ -248,7 +288,6 @@ def _read_tfds(source):
         raise ConfigError(f"{source.path} is not prepared in {where} ({reason}): prepare it there as array_record.") from None
     for index in range(len(data)):
         record = data[index]
-        text = record.get(source.text_key)
-        if isinstance(text, bytes):
-            text = text.decode("utf-8")
-        yield Document(f"{name}:{index}", _field({source.text_key: text}, source.text_key, f"{source.path}, record {index}"))
+        text = _field(record, source.text_key, f"{source.path}, record {index}")
+        if text.strip():
+            yield Document(f"{name}:{index}", text)

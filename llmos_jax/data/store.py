@@ -1,20 +1,26 @@
 """Training records on disk: a TFDS dataset in ArrayRecord files with a manifest of what they were made from."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import pathlib
 import shutil
+import socket
 import threading
 
 import numpy as np
 
+from llmos_jax.compute import host
+from llmos_jax.data.text import segment_dtype
 from llmos_jax.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
+_TEMPORARY = ".tmp-"
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def write_store(directory, splits, *, length, dtype, manifest, files):
@@ -22,7 +28,8 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
 
     Records are dicts of tokens [length + 1], segments [length + 1] and target_bytes (see `text.Packer`). The manifest
     gains the files of each split with their sizes and record counts; `files` ({name: text}) are laid beside it.
-    A process that dies leaves only a temporary folder.
+    A process that dies leaves only a temporary folder, which the next writer on this host removes. DataError when the
+    disk is full.
     """
     import tensorflow_datasets as tfds
 
@@ -36,7 +43,7 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
             features = tfds.features.FeaturesDict(
                 {
                     "tokens": tfds.features.Tensor(shape=shape, dtype=dtype, encoding="bytes"),
-                    "segments": tfds.features.Tensor(shape=shape, dtype=np.uint16, encoding="bytes"),
+                    "segments": tfds.features.Tensor(shape=shape, dtype=segment_dtype(length), encoding="bytes"),
                     "target_bytes": tfds.features.Scalar(dtype=np.int32),
                 }
             )
@@ -49,8 +56,9 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
             raise AssertionError("splits are given as iterators")
 
     directory = pathlib.Path(directory)
-    temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _remove_leftovers(directory.parent)
+    owner = f"{socket.gethostname()}-{os.getpid()}-{host.process_start(os.getpid())}"
+    temporary = directory.with_name(f"{directory.name}{_TEMPORARY}{owner}")
     try:
         # TFDS draws progress bars and announcements of its own; ours say what matters.
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
@@ -67,11 +75,29 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
         (built / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
         for name, text in files.items():
             (built / name).write_text(text, "utf-8")
-        if directory.exists():  # another process was faster; the content is the same by name
-            return
-        built.rename(directory)
+        try:
+            built.rename(directory)
+        except OSError:
+            if not is_store(directory):  # else another process was faster; the content is the same by name
+                raise
+    except (OSError, RuntimeError) as error:  # array_record's errors carry the system's words only
+        reason = next((os.strerror(code) for code in _NO_ROOM if os.strerror(code) in str(error)), None)
+        if reason is None:
+            raise
+        raise DataError(
+            f"{directory} could not be written ({reason}): make room, or keep prepared records elsewhere (data.cache_dir, or "
+            "$LLMOS_CACHE)."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _remove_leftovers(cache):
+    """Removes the temporary folders of this host's processes that died while they wrote."""
+    for folder in cache.glob(f"*{_TEMPORARY}{socket.gethostname()}-*"):
+        pid, start = folder.name.rsplit("-", 2)[1:]
+        if str(host.process_start(int(pid))) != start:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Store:
@@ -147,7 +173,8 @@ class Store:
                     f"{where} is the damaged record number {len(self.corrupt)}: more than data.max_corrupt."
                 ) from error
             shape = (self.length + 1,)
-            return {"tokens": np.zeros(shape, self.dtype), "segments": np.zeros(shape, np.uint16), "target_bytes": 0}
+            segments = np.zeros(shape, segment_dtype(self.length))
+            return {"tokens": np.zeros(shape, self.dtype), "segments": segments, "target_bytes": 0}
 
     def _where(self, split, index):
         for file in self.manifest["files"][split]:

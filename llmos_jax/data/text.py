@@ -2,6 +2,9 @@
 
 import numpy as np
 
+# A long document is cut into records in pieces, so that only its tokens take memory.
+_PUSHED = 1 << 20
+
 
 class Packer:
     """Cuts a stream of documents into records of `length` targets.
@@ -19,20 +22,24 @@ class Packer:
     def add(self, tokens):
         """Adds one document and yields the records that are full."""
         self._document += 1
-        self._push(np.concatenate([[self.end_id], tokens]))
-        while self._count > self.length:
-            yield from self._cut()
+        self._push(np.array([self.end_id]))
+        for start in range(0, len(tokens), _PUSHED):
+            self._push(tokens[start : start + _PUSHED])
+            if self._count > self.length:
+                yield from self._cut()
 
     def finish(self):
         """Yields the last records; the final one is padded with segment 0."""
         self._document += 1
         self._push(np.array([self.end_id]))
-        while self._count > 1:
+        if self._count > self.length:
             yield from self._cut()
+        if self._count > 1:
+            yield self._padded()
 
     def _push(self, tokens):
         self._tokens.append(tokens.astype(self.dtype))
-        self._segments.append(np.full(len(tokens), self._document, np.int64))
+        self._segments.append(np.full(len(tokens), self._document, np.int32))
         self._count += len(tokens)
 
     def _cut(self):
@@ -41,21 +48,24 @@ class Packer:
         while len(tokens) - start >= size:
             yield self._record(tokens[start : start + size], segments[start : start + size])
             start += step
-        tokens, segments = tokens[start:], segments[start:]
-        is_last = start == 0
-        if is_last:
-            missing = size - len(tokens)
-            padding = np.full(missing, self.end_id, self.dtype)
-            yield self._record(np.concatenate([tokens, padding]), np.concatenate([segments, np.zeros(missing, np.int64)]))
-            tokens, segments = tokens[:0], segments[:0]
-        self._tokens, self._segments, self._count = [tokens], [segments], len(tokens)
+        self._tokens, self._segments, self._count = [tokens[start:]], [segments[start:]], len(tokens) - start
+
+    def _padded(self):
+        missing = self.length + 1 - self._count
+        tokens = np.concatenate([*self._tokens, np.full(missing, self.end_id, self.dtype)])
+        return self._record(tokens, np.concatenate([*self._segments, np.zeros(missing, np.int32)]))
 
     def _record(self, tokens, segments):
         # Segments are numbered from 1 within a record; 0 stays padding.
         is_real = segments > 0
         numbered = np.where(is_real, segments - segments[0] + 1, 0)
         target_bytes = int(self.token_byte_lengths[tokens[1:]][is_real[1:]].sum())
-        return {"tokens": tokens, "segments": numbered.astype(np.uint16), "target_bytes": target_bytes}
+        return {"tokens": tokens, "segments": numbered.astype(segment_dtype(self.length)), "target_bytes": target_bytes}
+
+
+def segment_dtype(length):
+    """Returns the dtype that numbers the segments of records of `length` targets: as many as tokens at most."""
+    return np.dtype(np.uint16) if length < 2**16 - 1 else np.dtype(np.int32)
 
 
 def expand(records):

@@ -2,14 +2,21 @@
 
 import codecs
 import hashlib
+import itertools
 import json
+import operator
 import pathlib
+import re
 
 import numpy as np
 
 from llmos_jax.errors import ConfigError, DataError
 
 END_TEXT = "<|endoftext|>"
+# What the library is given at a time: its encodings take some 150 bytes a character.
+_BATCH_CHARACTERS = 4_000_000
+_PIECE_CHARACTERS = 200_000
+_BORDER = re.compile(r"\S\n(?=\S)|\S(?= \S)")
 
 
 class ByteTokenizer:
@@ -33,9 +40,9 @@ class ByteTokenizer:
         """Returns the tokens of `text`, int32; the end token never appears."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
 
-    def encode_batch(self, texts):
-        """Returns `encode` of every text."""
-        return [self.encode(text) for text in texts]
+    def encode_all(self, texts):
+        """Yields `encode` of every text."""
+        return map(self.encode, texts)
 
     def token_bytes(self, token):
         """Returns the bytes of text that one token stands for."""
@@ -71,6 +78,7 @@ class BPETokenizer:
             raise DataError(f"the tokenizer has no {END_TEXT!r} token, which separates documents.")
         self._bytes = [_token_bytes(model.id_to_token(token) or "") for token in range(self.vocab_size)]
         self._bytes[self.end_id] = b""
+        self._can_be_cut = _is_cut_at_spaces(self.to_json())
 
     @property
     def fingerprint(self):
@@ -86,10 +94,20 @@ class BPETokenizer:
         """Returns the tokens of `text`, int32; the end token never appears."""
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
 
-    def encode_batch(self, texts):
-        """Returns `encode` of every text, on all cores."""
-        encoded = self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(item.ids, np.int32) for item in encoded]
+    def encode_all(self, texts):
+        """Yields `encode` of every text, on all cores; a long text goes in pieces, which bounds the library's memory."""
+        parts = ((number, part) for number, text in enumerate(texts) for part in self._pieces(text))
+        for _, group in itertools.groupby(self._encode_numbered(parts), key=operator.itemgetter(0)):
+            yield np.concatenate([tokens for _, tokens in group])
+
+    def _encode_numbered(self, parts):
+        for batch in batched_by_length(parts, _BATCH_CHARACTERS, length=lambda part: len(part[1])):
+            encoded = self._model.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
+            for (number, _), item in zip(batch, encoded, strict=True):
+                yield number, np.array(item.ids, np.int32)
+
+    def _pieces(self, text):
+        return pieces(text, _PIECE_CHARACTERS) if self._can_be_cut else (text,)
 
     def token_bytes(self, token):
         """Returns the bytes of text that one token stands for."""
@@ -179,9 +197,36 @@ def load_tokenizer(path):
     return BPETokenizer(model)
 
 
-def save_tokenizer(tokenizer, path):
-    """Writes what `load_tokenizer` reads."""
-    pathlib.Path(path).write_text(json.dumps(tokenizer.to_json()), "utf-8")
+def pieces(text, size):
+    """Yields `text` in pieces of little more than `size` characters, cut where byte-level BPE cuts anyway.
+
+    That is behind a newline or before a space that stands alone between two other characters.
+    """
+    start = 0
+    while len(text) - start > size and (border := _BORDER.search(text, start + size)):
+        yield text[start : border.end()]
+        start = border.end()
+    yield text[start:]
+
+
+def batched_by_length(items, total, length=len):
+    """Yields lists of successive items whose lengths add up to `total` or a little more."""
+    batch, size = [], 0
+    for item in items:
+        batch.append(item)
+        size += length(item)
+        if size >= total:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _is_cut_at_spaces(tree):
+    """Whether a tokenizer.json is plain byte-level BPE, whose words never reach over a border of `pieces`."""
+    split = tree.get("pre_tokenizer") or {}
+    is_plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
+    return is_plain and not tree.get("normalizer") and all(token["special"] for token in tree.get("added_tokens", ()))
 
 
 def _byte_alphabet():

@@ -3,7 +3,8 @@
 import html
 import json
 import math
-import pathlib
+
+from llmos_jax.compute.host import write_whole
 
 _COLOURS = {"loss": "var(--blue)", "validation": "var(--orange)", "other": "var(--green)"}
 _CATEGORY_COLOURS = ("#8a8f98", "#b084cc", "#5ab4ac", "#e6ab02", "#3b82f6", "#f97316", "#ec4899", "#64748b", "#cbd5e1")
@@ -75,7 +76,7 @@ def write_report(path, *, title, settings, metrics, summary):
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    pathlib.Path(path).write_text(page, "utf-8")
+    write_whole(path, page)
 
 
 def _figures(summary):

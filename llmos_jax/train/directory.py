@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+from llmos_jax.compute.host import write_whole
 from llmos_jax.config import differences, to_json, to_plain
 from llmos_jax.errors import RunDirectoryError
 from llmos_jax.train.settings import IDENTITY
@@ -41,9 +42,7 @@ def claim(directory, settings):
                 f"{directory} holds another experiment ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}): "
                 "name another --workdir, or restore those settings."
             )
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(to_json(settings))
-    temporary.replace(file)
+    write_whole(file, to_json(settings))
 
 
 def read_settings(directory):
@@ -79,7 +78,7 @@ def finished(directory, settings):
 
 def mark_done(directory, summary):
     """Writes the marker of a run that has ended, with its summary."""
-    (directory / DONE_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    write_whole(directory / DONE_FILE, json.dumps(summary, indent=2) + "\n")
 
 
 def _identity_differences(saved, asked):

@@ -9,6 +9,7 @@ import time
 
 from absl import logging
 
+from llmos_jax.compute.host import process_start
 from llmos_jax.errors import RunDirectoryLocked
 
 LEASE_FILE = "lease.json"
@@ -96,20 +97,3 @@ class RunDirectoryLease:
                 logging.error("%s: the lease was taken over by another process; stop one of the two.", self.file.parent)
                 return
             os.utime(self.file)
-
-
-def process_start(pid):
-    """Returns when a process of this host was started, in ticks since boot, or None when there is none."""
-    try:
-        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        pass
-    if pathlib.Path("/proc/self/stat").exists():
-        return None
-    try:
-        os.kill(pid, 0)  # no /proc (macOS): whether it lives is all that can be known
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        return 0
-    return 0

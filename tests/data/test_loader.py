@@ -1,5 +1,6 @@
 """The loader as a pure function: permutations, mixtures, slices, identity."""
 
+import dataclasses
 import time
 
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from llmos_jax.data.loader import Loader, Prefetcher, shuffled
 from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare
-from llmos_jax.errors import DataIdentityMismatch
+from llmos_jax.errors import ConfigError, DataIdentityMismatch
 
 
 @settings(max_examples=60, deadline=None)
@@ -64,6 +65,15 @@ def test_mixture_has_its_weights_and_every_record_of_an_epoch(prepared):
     assert len(set(first.tolist())) == loader.counts[0]
     longest_run = max(len(run) for run in "".join(map(str, owners)).split("1"))
     assert longest_run < 60  # mixed, not one source after the other
+
+
+def test_tiny_weights_are_kept_and_vanishing_ones_refused(prepared):
+    (first, _), (second, _) = prepared.stores
+    weights = dataclasses.replace(prepared, stores=((first, 1.0), (second, 1e-3)))
+    owners, _ = Loader(weights, "train", batch_size=8, seed=0).locate(np.arange(400_000))
+    assert 0.98 < np.mean(owners == 1) / (1e-3 / 1.001) < 1.02
+    with pytest.raises(ConfigError, match="weight 1e-09 is 1e-09 of the mixture"):
+        Loader(dataclasses.replace(prepared, stores=((first, 1.0), (second, 1e-9))), "train", batch_size=8, seed=0)
 
 
 def test_fresh_buffers(prepared):

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow
@@ -10,6 +14,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from llmos_jax.compute.host import process_start
+from llmos_jax.data import prepare as prepare_lib
 from llmos_jax.data.loader import Loader
 from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare
 from llmos_jax.data.store import MANIFEST_FILE, Store
@@ -121,15 +127,91 @@ def test_bad_files_of_a_folder_are_named_and_counted(tmp_path):
     assert all(word in text for word in ("empty.txt is empty", "binary.txt is binary", "latin.txt is not UTF-8 (byte 3)"))
 
 
+def test_what_a_folder_holds_beside_good_documents(tmp_path):
+    """Hidden files, blank documents, names that are not UTF-8, and a file whose second half is damaged."""
+    folder = tmp_path / "in"
+    (folder / ".git").mkdir(parents=True)
+    (folder / ".git" / "HEAD").write_text("hidden")
+    (folder / "good.jsonl").write_bytes(b"\xef\xbb\xbf" + b'{"text": "first"}\n\n{"text": " "}\n{"text": "second"}\n')
+    (folder / "HALF.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "kept"}\n{"text": \n{"text": "lost"}\n'))
+    pathlib.Path(os.fsdecode(os.fsencode(folder) + b"/\xff.txt")).write_text("third")
+    lines = []
+    prepared = prepare(config(folder, tmp_path), log=lines.append)
+    assert sorted(texts_of(prepared, "train") + texts_of(prepared, "validation")) == ["first", "kept", "second", "third"]
+    assert "left out 1 of 3 files" in lines[0]
+    assert "HALF.JSONL.GZ is damaged near line 2" in lines[1] and lines[1].endswith("Its 1 documents before that are used.")
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_no_split_of_several_documents_is_empty(count, tmp_path):
+    """Whatever the hashes say, which only the names decide."""
+    for trial in range(40):
+        (tmp_path / f"{trial}.jsonl").write_text('{"text": "abc"}\n' * count)
+        prepared = prepare(config(tmp_path / f"{trial}.jsonl", tmp_path, validation_fraction=0.5), log=lambda line: None)
+        assert texts_of(prepared, "train") and texts_of(prepared, "validation")
+
+
+def test_zstandard_files_of_several_frames_and_cut_ones(tmp_path):
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in WORDS]
+    skippable = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    frames = [zstandard.compress(b"".join(lines[:20])), skippable, *map(zstandard.compress, lines[20:])]
+    (tmp_path / "d.jsonl.zst").write_bytes(b"".join(frames))
+    prepared = prepare(config(tmp_path / "d.jsonl.zst", tmp_path), log=lambda line: None)
+    assert sorted(texts_of(prepared, "train") + texts_of(prepared, "validation")) == sorted(WORDS)
+    for cut in (1, 10, len(frames[-1]) - 1):
+        (tmp_path / "cut.jsonl.zst").write_bytes(b"".join(frames)[:-cut])
+        with pytest.raises(DataError, match="cut.jsonl.zst is damaged .* ends inside a compressed frame"):
+            prepare(config(tmp_path / "cut.jsonl.zst", tmp_path), log=lambda line: None)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    """A limit on file sizes stands for the full disk: the writer meets both as a failed write."""
+    (tmp_path / "t.txt").write_text("many words\n" * 20_000)
+    code = (
+        "import resource, sys\n"
+        "from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "prepare(DataConfig(sources=(SourceConfig(path=sys.argv[1]),), tokenizer='byte', cache_dir=sys.argv[2]))\n"
+    )
+    cache = tmp_path / "cache"
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "t.txt", cache], capture_output=True, text=True, check=False)
+    assert "DataError" in done.stderr and "make room, or keep prepared records elsewhere" in done.stderr
+    assert not list(cache.glob("records*"))
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
+    cache = tmp_path / "cache"
+    host, pid, start = socket.gethostname(), os.getpid(), process_start(os.getpid())
+    dead, alive, foreign = (
+        cache / f"records-0.tmp-{name}" for name in (f"{host}-{pid}-{start + 1}", f"{host}-{pid}-{start}", "else-1-1")
+    )
+    for folder in (dead, alive, foreign):
+        folder.mkdir(parents=True)
+    prepare(config(write("folder", tmp_path / "in"), tmp_path), log=lambda line: None)
+    assert not dead.exists() and alive.exists() and foreign.exists()
+
+
+def test_the_tokenizer_learns_from_all_over_a_long_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_lib, "_TOKENIZER_SAMPLE_CHARACTERS", 20_000)
+    monkeypatch.setattr(prepare_lib, "_TOKENIZER_PIECE_CHARACTERS", 500)
+    (tmp_path / "t.txt").write_text("alpha beta\n" * 10_000 + "omega zeta\n" * 10_000)
+    prepared = prepare(config(tmp_path / "t.txt", tmp_path, tokenizer="bpe:300"), log=lambda line: None)
+    words = [prepared.tokenizer.token_bytes(token) for token in range(prepared.tokenizer.vocab_size)]
+    assert b"alpha" in words and b"omega" in words
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
+        ("nested.jsonl", b"[" * 100_000, "nested.jsonl is damaged near line 1"),
+        ("surrogate.jsonl", b'{"text": "\\ud800"}\n', "surrogate.jsonl, line 1 holds no valid Unicode"),
+        ("number.jsonl", b'{"text": 3}\n', "number.jsonl, line 1 has int in 'text'"),
         ("empty.txt", b"", "empty.txt is empty"),
         ("blank.txt", b" \n\n", "blank.txt is empty"),
         ("binary.txt", b"ab\0cd", "binary.txt is binary"),
         ("latin.txt", "é".encode("latin-1"), "latin.txt is not UTF-8"),
         ("x.jsonl", b'{"text": "a"}\n{broken\n', "x.jsonl is damaged near line 2"),
-        ("y.jsonl", b'{"body": "a"}\n', "y.jsonl, line 1 has no text in 'text'.*body"),
+        ("y.jsonl", b'{"body": "a"}\n', "y.jsonl, line 1 has no 'text'.*body"),
         ("z.jsonl.gz", b"no gzip", "z.jsonl.gz"),
         ("z.jsonl.zst", b"no zstd", "z.jsonl.zst"),
         ("w.parquet", b"PAR1 not", "w.parquet is not a parquet file"),
@@ -139,6 +221,15 @@ def test_a_bad_single_file_is_named(name, content, words, tmp_path):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=words):
         prepare(config(tmp_path / name, tmp_path), log=lambda line: None)
+
+
+def test_a_damaged_parquet_page_is_named(tmp_path):
+    file = write("parquet", tmp_path / "in")
+    content = bytearray(file.read_bytes())
+    content[40:400] = b"\xa5" * 360
+    file.write_bytes(content)
+    with pytest.raises(DataError, match="d.parquet is damaged after row 0"):
+        prepare(config(file, tmp_path), log=lambda line: None)
 
 
 def test_missing_and_unusable_sources(tmp_path):

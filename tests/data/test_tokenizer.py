@@ -1,5 +1,7 @@
 """Tokenizers: exact round trips, streaming, refusals."""
 
+import json
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -43,11 +45,39 @@ def test_the_end_token_cannot_be_spelled():
 
 @BOTH
 def test_saved_and_loaded(tokenizer, tmp_path):
-    lib.save_tokenizer(tokenizer, tmp_path / "t.json")
+    (tmp_path / "t.json").write_text(json.dumps(tokenizer.to_json()))
     loaded = lib.load_tokenizer(tmp_path / "t.json")
     assert loaded.fingerprint == tokenizer.fingerprint and loaded.vocab_size == tokenizer.vocab_size
     np.testing.assert_array_equal(loaded.encode(TEXTS[1]), tokenizer.encode(TEXTS[1]))
-    np.testing.assert_array_equal(loaded.encode_batch(TEXTS[:2])[1], tokenizer.encode(TEXTS[1]))
+
+
+@BOTH
+def test_encode_all_is_encode_of_each(tokenizer, monkeypatch):
+    monkeypatch.setattr(lib, "_BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(lib, "_PIECE_CHARACTERS", 10)
+    texts = ["", *TEXTS, "x" * 100, "a b\nc  d\n\n e\tf\u00a0g it's\n'll " * 20, ""]
+    encoded = list(tokenizer.encode_all(iter(texts)))
+    assert len(encoded) == len(texts)
+    for text, tokens in zip(texts, encoded, strict=True):
+        np.testing.assert_array_equal(tokens, tokenizer.encode(text))
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=st.text("ab \n\t\u00a01'.", max_size=60), size=st.integers(1, 8))
+def test_pieces_are_encoded_as_the_whole(text, size):
+    parts = list(lib.pieces(text, size))
+    assert "".join(parts) == text
+    np.testing.assert_array_equal(np.concatenate([BPE.encode(part) for part in parts]), BPE.encode(text))
+
+
+def test_only_plain_byte_level_bpe_is_encoded_in_pieces(tmp_path, monkeypatch):
+    """Other tokenizers see over the border of a piece: here a prefix space would come in at each."""
+    monkeypatch.setattr(lib, "_PIECE_CHARACTERS", 10)
+    tree = BPE.to_json()
+    tree["pre_tokenizer"]["add_prefix_space"] = True
+    (tmp_path / "t.json").write_text(json.dumps(tree))
+    other = lib.load_tokenizer(tmp_path / "t.json")
+    np.testing.assert_array_equal(next(other.encode_all([TEXTS[0] * 5])), other.encode(TEXTS[0] * 5))
 
 
 def test_vocabulary_size_is_what_was_asked_for():

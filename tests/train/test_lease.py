@@ -8,8 +8,9 @@ import time
 
 import pytest
 
+from llmos_jax.compute.host import process_start
 from llmos_jax.errors import RunDirectoryLocked
-from llmos_jax.train.lease import LEASE_FILE, RunDirectoryLease, process_start
+from llmos_jax.train.lease import LEASE_FILE, RunDirectoryLease
 
 
 def test_a_second_writer_is_refused_at_once(tmp_path):
