@@ -58,6 +58,8 @@ def train_worker(shape, has_kept_heap):
     }
     batches = [{"tokens": jnp.array(t[:, :-1]), "targets": jnp.array(t[:, 1:])} | shared for t in tokens]
     trained, done = state.init_state(handle, optimizer, placement, 0), 0
+    compiled = compiled.lower(trained, batches[0], jnp.float32(0)).compile()
+    host.return_free_memory()
 
     def run(count):
         nonlocal trained, done

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llmos_jax.compute import devices, memory
+from llmos_jax.compute import devices, host, memory
 from llmos_jax.config import to_plain
 from llmos_jax.data.loader import Prefetcher
 from llmos_jax.errors import DeviceMemoryError, Preempted
@@ -132,6 +132,7 @@ def _train(run, evaluate, sample, initial_params, launched):
     # ---- State: the newest checkpoint that verifies, else a warm start, else fresh.
     with account.spend("restore"):
         state, position = _restore_or_init(run, initial_params)
+    host.return_free_memory()  # what compilation left, before the first step takes its temporaries
     logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
     is_first = jax.process_index() == 0
     writer = MetricsWriter(run.directory, is_writer=is_first, step=position)
