@@ -6,7 +6,10 @@ import math
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 
-AXES = ("pipeline", "data", "model")
+# Outermost first: neighbours on the last axes talk most. `replica` is the axis whose network may be slow.
+AXES = ("pipeline", "replica", "data", "context", "expert", "model")
+# Which axis runs over the slower network between slices, in order of preference.
+_SLOW_AXES = ("replica", "pipeline", "data")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,13 +17,17 @@ class MeshConfig:
     """Sizes of the mesh axes (one may be -1: what is left) and the rules that lay logical axes over them."""
 
     pipeline: int = setting(1, help="stages of layers", at_least=-1)
-    data: int = setting(-1, help="shards of the batch", at_least=-1)
+    replica: int = setting(1, help="copies of the sharded state, for slices joined by a slower network", at_least=-1)
+    data: int = setting(-1, help="shards of the batch, and of the state with zero1 and fsdp", at_least=-1)
+    context: int = setting(1, help="shards of the sequence", at_least=-1)
+    expert: int = setting(1, help="shards of the experts; elsewhere they shard the batch", at_least=-1)
     model: int = setting(1, help="shards of heads, MLP and vocabulary (tensor parallelism)", at_least=-1)
     parameters: str = setting(
         "replicated",
-        help="parameters over the data axis: replicated, or fsdp (sharded)",
-        choices=("replicated", "fsdp"),
+        help="over the data axis: all replicated, optimizer sharded (zero1), or parameters too (fsdp)",
+        choices=("replicated", "zero1", "fsdp"),
     )
+    is_sequence_sharded: bool = setting(True, help="norms and residuals sharded by position over the model axis")
     rules: dict[str, tuple[str, ...]] = setting({}, help="logical axis -> mesh axes, over the rules of `parameters`")
 
     def __post_init__(self):
@@ -33,31 +40,61 @@ class MeshConfig:
 
 
 def mesh_sizes(config, device_count):
-    """Returns {axis: size} for `device_count` devices; ConfigError when the sizes don't multiply to it."""
+    """Returns {axis: size} for `device_count` devices.
+
+    Raises ConfigError when the sizes don't multiply to it; it names the factor that fails and the nearest mesh that fits.
+    """
     sizes = {axis: getattr(config, axis) for axis in AXES}
     fixed = math.prod(size for size in sizes.values() if size > 0)
-    free = [axis for axis, size in sizes.items() if size < 0]
-    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items())
+    free = next((axis for axis, size in sizes.items() if size < 0), None)
     if free and device_count % fixed == 0:
-        sizes[free[0]] = device_count // fixed
-    elif free or fixed != device_count:
-        divisors = [d for d in range(1, device_count + 1) if device_count % d == 0]
-        raise ConfigError(
-            f"mesh {shown} does not fit {device_count} device(s): the sizes must multiply to {device_count}; "
-            f"an axis can be one of {divisors}."
-        )
-    return sizes
+        return sizes | {free: device_count // fixed}
+    if not free and fixed == device_count:
+        return sizes
+    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "of one device"
+    raise ConfigError(
+        f"mesh {shown} does not fit {device_count} device(s): {_failing_factor(sizes, device_count)}; "
+        f"the nearest that fits: {' '.join(f'mesh.{axis}={size}' for axis, size in _nearest(sizes, device_count).items())}."
+    )
+
+
+def _failing_factor(sizes, device_count):
+    left = device_count
+    for axis, size in sizes.items():
+        if size > 0 and left % size:
+            return f"mesh.{axis}={size} does not divide the {left} that the axes before it leave"
+        left = left // size if size > 0 else left
+    return f"the sizes multiply to {math.prod(sizes.values())}"
+
+
+def _nearest(sizes, device_count):
+    """Returns the axes to set: every size but the data axis's lowered to what divides what is left, data takes the rest."""
+    nearest, left = {}, device_count
+    for axis, size in sizes.items():
+        if axis != "data" and size != 1:
+            nearest[axis] = next(fits for fits in range(min(abs(size), left), 0, -1) if left % fits == 0)
+            left //= nearest[axis]
+    return nearest | {"data": left}
 
 
 def build_mesh(config, devices=None):
-    """Returns a `jax.sharding.Mesh` with axes `AXES` over `devices` (default: all), laid out for the interconnect."""
+    """Returns a `jax.sharding.Mesh` with axes `AXES` over `devices` (default: all), laid out for the interconnect.
+
+    Where devices belong to several slices, the slices are joined by the replica axis, or by pipeline or data when that
+    has no size of its own: the other axes never cross the slower network.
+    """
     import jax
+    from jax.experimental import mesh_utils
 
     devices = jax.devices() if devices is None else list(devices)
     sizes = mesh_sizes(config, len(devices))
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        tuple(sizes),
-        axis_types=(jax.sharding.AxisType.Auto,) * len(sizes),
-        devices=devices,
-    )
+    types = (jax.sharding.AxisType.Auto,) * len(sizes)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+    slow = next((axis for axis in _SLOW_AXES if sizes[axis] % slices == 0), None)
+    if slow is None:
+        raise ConfigError(f"{slices} slices are attached: set mesh.replica={slices}, so that one axis runs between them.")
+    inside = [size // slices if axis == slow else size for axis, size in sizes.items()]
+    between = [slices if axis == slow else 1 for axis in sizes]
+    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), tuple(sizes), axis_types=types)

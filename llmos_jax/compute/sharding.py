@@ -10,31 +10,43 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from llmos_jax.compute.mesh import AXES, MeshConfig, build_mesh
 from llmos_jax.errors import ConfigError
 
-_TENSOR_PARALLEL = {
-    "batch": ("data",),  # activations: rows
-    "length": (),  # activations: positions
-    "layers": (),
-    "vocab": ("model",),
+_REPLICATED = {
+    # Activations. The expert axis shards rows wherever no experts are asked.
+    "batch": ("replica", "data", "expert"),
+    "length": ("context",),
+    "residual_length": ("context", "model"),  # between the blocks: norms and residuals
+    # Parameters and activations.
+    "layers": ("pipeline",),
+    "vocab": ("pipeline", "model"),  # over the stages too: none idles while embedding and head are computed
     "embed": (),
     "heads": ("model",),
     "head_size": (),
     "mlp": ("model",),
+    "experts": ("expert",),
+    "expert_embed": (),
     "positions": (),
     "norm": (),
 }
-RULES = {
-    "replicated": _TENSOR_PARALLEL,
-    # ZeRO-3: every large parameter names `embed` once, so this one rule shards them all over the data axis.
-    "fsdp": _TENSOR_PARALLEL | {"embed": ("data",)},
+# ZeRO-3: every large parameter names `embed` (or `expert_embed`) once, so that two rules shard them all over the axes whose
+# devices see different tokens. The replica axis is left out: gathering weights never crosses the network between slices.
+_SHARDED = {"embed": ("data", "context", "expert"), "expert_embed": ("data", "context")}
+RULES = {  # mesh.parameters -> rules of parameters and activations
+    "replicated": _REPLICATED,
+    "zero1": _REPLICATED,
+    "fsdp": _REPLICATED | _SHARDED,
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """A mesh and the rules that lay logical axes over it: all that a model needs to know of the hardware."""
+    """A mesh and the rules that lay logical axes over it: all that a model needs to know of the hardware.
+
+    optimizer_rules: the rules of what only the update reads (moments, averaged weights); ZeRO-1 shards these alone.
+    """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
+    optimizer_rules: tuple[tuple[str, tuple[str, ...]], ...]
 
     @functools.cached_property
     def _table(self):
@@ -71,8 +83,19 @@ class Placement:
         return NamedSharding(self.mesh, self.spec(*axes))
 
     def constrain(self, x, *axes):
-        """Returns `x` laid out by the rules, inside jit; `axes` names every dimension (None: left unsharded)."""
-        return x if self.mesh.size == 1 else jax.lax.with_sharding_constraint(x, self.sharding(*axes))
+        """Returns `x` laid out by the rules, inside jit; `axes` names every dimension (None: left unsharded).
+
+        A dimension that its shards don't divide (one position of a decoding step) is left whole.
+        """
+        if self.mesh.size == 1:
+            return x
+        whole = [axis if size % self.axis_size(axis) == 0 else None for size, axis in zip(x.shape, axes, strict=True)]
+        return jax.lax.with_sharding_constraint(x, self.sharding(*whole))
+
+    @functools.cached_property
+    def for_optimizer(self):
+        """The placement of what only the update reads: this one, but for ZeRO-1."""
+        return dataclasses.replace(self, rules=self.optimizer_rules)
 
 
 def make_placement(config=None, devices=None):
@@ -81,14 +104,20 @@ def make_placement(config=None, devices=None):
     Raises ConfigError when the mesh does not fit the devices or a rule names an unknown mesh axis.
     """
     config = config or MeshConfig()
-    rules = RULES[config.parameters] | config.rules
+    rules = RULES[config.parameters] | ({} if config.is_sequence_sharded else {"residual_length": ("context",)})
+    optimizer_rules = rules | (_SHARDED if config.parameters == "zero1" else {}) | config.rules
+    rules = rules | config.rules
     for axis, names in rules.items():
-        if axis not in RULES["fsdp"]:
-            raise ConfigError(f"mesh.rules.{axis}: no such logical axis; known: {', '.join(sorted(RULES['fsdp']))}.")
+        if axis not in _REPLICATED:
+            raise ConfigError(f"mesh.rules.{axis}: no such logical axis; known: {', '.join(sorted(_REPLICATED))}.")
         unknown = [name for name in names if name not in AXES]
         if unknown:
             raise ConfigError(f"mesh.rules.{axis} names the mesh axis {unknown[0]!r}; known: {', '.join(AXES)}.")
-    return Placement(build_mesh(config, devices), tuple(sorted((axis, tuple(names)) for axis, names in rules.items())))
+    return Placement(build_mesh(config, devices), _frozen(rules), _frozen(optimizer_rules))
+
+
+def _frozen(rules):
+    return tuple(sorted((axis, tuple(names)) for axis, names in rules.items()))
 
 
 def shard_shapes_divide(placement, shape, axes, name):

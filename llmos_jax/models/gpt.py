@@ -117,12 +117,12 @@ class Block(nnx.Module):
 
     def __call__(self, x_BLD, segments_BL, key):
         mixed = self.attention(self.attention_norm(x_BLD), segments_BL, self.placement)
-        return self._mlp(x_BLD + dropout(mixed, self.dropout, fold_key(key, 0)), key)
+        x_BLD = _residual(self.placement, x_BLD + dropout(mixed, self.dropout, fold_key(key, 0)))
+        return self._mlp(x_BLD, key)
 
     def _mlp(self, x_BLD, key=None):
         hidden_BLF = self.placement.constrain(gelu(self.up(self.mlp_norm(x_BLD))), "batch", "length", "mlp")
-        x_BLD = x_BLD + dropout(self.down(hidden_BLF), self.dropout, fold_key(key, 1))
-        return self.placement.constrain(x_BLD, "batch", "length", None)
+        return _residual(self.placement, x_BLD + dropout(self.down(hidden_BLF), self.dropout, fold_key(key, 1)))
 
     def decode(self, x_BLD, cache, start_B, first_B):
         """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, H, M, K] each."""
@@ -153,12 +153,13 @@ class GPT(nnx.Module):
     def embed(self, tokens_BL, positions_BL):
         """Returns the embeddings of tokens at their positions, [B, L, D]."""
         x = jnp.take(self.embedding[...], tokens_BL, axis=0) + jnp.take(self.positions[...], positions_BL, axis=0)
-        return self.placement.constrain(x.astype(self.dtype), "batch", "length", None)
+        return _residual(self.placement, x.astype(self.dtype))
 
     def hidden(self, tokens_BL, positions_BL, segments_BL=None, key=None):
         """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on."""
         x_BLD = dropout(self.embed(tokens_BL, positions_BL), self.config.dropout, fold_key(key, self.config.layers))
-        return self.norm(self.stack(x_BLD, segments_BL, key))
+        x_BLD = self.norm(self.stack(x_BLD, segments_BL, key))
+        return self.placement.constrain(x_BLD, "batch", "length", None)
 
     def loss(self, batch, key=None):
         """Returns (loss_sum, nll_sum, correct_sum) over the weighted targets of a batch (see `head.cross_entropy`)."""
@@ -224,6 +225,10 @@ def flops_per_token(config, length):
     """
     weights = config.layers * (4 * config.width**2 + 2 * config.width * config.hidden) + config.vocab_size * config.width
     return 6 * weights + 12 * config.layers * config.width * min(length, config.window or length)
+
+
+def _residual(placement, x_BLD):
+    return placement.constrain(x_BLD, "batch", "residual_length", None)
 
 
 def _residual_stddev(config):

@@ -12,13 +12,15 @@ from llmos_jax.models.layers import matmul
 _CHUNK_ELEMENTS = 2**25
 
 
-def chunk_length(rows, length, vocab_size, shards=1):
+def chunk_length(rows, length, vocab_size, shards=1, length_shards=1):
     """Returns into pieces of how many positions rows of `length` are cut: the largest divisor that fits the budget.
 
-    `shards`: over how many devices rows and vocabulary are laid; the budget is per device.
+    `shards`: over how many devices rows, vocabulary and length are laid; the budget is per device. `length_shards`: those
+    of the length; every piece holds an equal part of each.
     """
-    fits = max(1, _CHUNK_ELEMENTS * shards // (rows * vocab_size))
-    return next(size for size in range(min(fits, length), 0, -1) if length % size == 0)
+    fits = max(1, _CHUNK_ELEMENTS * shards // (rows * vocab_size * length_shards))
+    local = length // length_shards
+    return length_shards * next(size for size in range(min(fits, local), 0, -1) if local % size == 0)
 
 
 def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, placement=None, chunk=None):
@@ -31,8 +33,9 @@ def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, 
     """
     rows, length, _ = hidden_BLD.shape
     if chunk is None:
-        shards = placement.axis_size("batch") * placement.axis_size("vocab") if placement else 1
-        chunk = chunk_length(rows, length, weight_VD.shape[0], shards)
+        length_shards = _length_shards(placement)
+        shards = length_shards * placement.axis_size("batch") * placement.axis_size("vocab") if placement else 1
+        chunk = chunk_length(rows, length, weight_VD.shape[0], shards, length_shards)
     return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk)
 
 
@@ -42,7 +45,7 @@ def _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placem
         _, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
         return jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement)), None
 
-    return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk)[0]
+    return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk, _length_shards(placement))[0]
 
 
 def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
@@ -59,15 +62,16 @@ def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, c
         dhidden_BCD, piece_dweight_VD = pullback(dlogits)
         return (sums, dweight_VD + piece_dweight_VD), dhidden_BCD
 
-    start = ((jnp.float32(0),) * 3, jnp.zeros_like(weight_VD))
-    (sums, dweight_VD), dhidden_BLD = _over_chunks(add, start, (hidden_BLD, targets_BL, weights_BL), chunk)
-    return sums, (dhidden_BLD, dweight_VD)
+    start = ((jnp.float32(0),) * 3, jnp.zeros_like(weight_VD, jnp.float32))
+    arrays = (hidden_BLD, targets_BL, weights_BL)
+    (sums, dweight_VD), dhidden_BLD = _over_chunks(add, start, arrays, chunk, _length_shards(placement))
+    return sums, (dhidden_BLD, dweight_VD.astype(weight_VD.dtype))
 
 
 def _backward(z_loss, placement, chunk, residuals, cotangents):
     dhidden_BLD, dweight_VD = residuals
     scale = cotangents[0]
-    return dhidden_BLD * scale.astype(dhidden_BLD.dtype), dweight_VD * scale, None, None
+    return dhidden_BLD * scale.astype(dhidden_BLD.dtype), dweight_VD * scale.astype(dweight_VD.dtype), None, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -77,12 +81,16 @@ def _softmax_parts(piece, weight_VD, placement):
     hidden_BCD = piece[0]
     logits = jnp.einsum("BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32)
     if placement is not None:
-        logits = placement.constrain(logits, "batch", None, "vocab")
+        logits = placement.constrain(logits, "batch", "length", "vocab")
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     largest = logits.max(-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(-1, keepdims=True)
     return columns, logits, exponentials, total, largest + jnp.log(total)
+
+
+def _length_shards(placement):
+    return placement.axis_size("length") if placement else 1
 
 
 def _sums(logits, lse, piece, z_loss, placement):
@@ -99,12 +107,23 @@ def _sums(logits, lse, piece, z_loss, placement):
     return nll_sum + penalty, nll_sum, (is_correct[..., 0] * weights_BC).sum()
 
 
-def _over_chunks(function, carry, arrays, chunk):
-    """Scans `function(carry, piece)` over pieces of `chunk` positions; outputs are joined along the length again."""
+def _over_chunks(function, carry, arrays, chunk, shards=1):
+    """Scans `function(carry, piece)` over pieces of `chunk` positions; outputs are joined along the length again.
+
+    Where the length is sharded, every piece takes an equal part of each shard: no device waits for the others' pieces.
+    """
     rows, length = arrays[0].shape[:2]
     count = length // chunk
     if count == 1:
         return function(carry, arrays)
-    pieces = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(rows, count, chunk, *x.shape[2:]), 1, 0), arrays)
-    carry, outputs = lax.scan(function, carry, pieces)
-    return carry, jax.tree.map(lambda y: jnp.moveaxis(y, 0, 1).reshape(rows, length, *y.shape[3:]), outputs)
+
+    def cut(x):
+        parts = x.reshape(rows, shards, count, chunk // shards, *x.shape[2:])
+        return jnp.moveaxis(parts, 2, 0).reshape(count, rows, chunk, *x.shape[2:])
+
+    def join(y):
+        parts = y.reshape(count, rows, shards, chunk // shards, *y.shape[3:])
+        return jnp.moveaxis(parts, 0, 2).reshape(rows, length, *y.shape[3:])
+
+    carry, outputs = lax.scan(function, carry, jax.tree.map(cut, arrays))
+    return carry, jax.tree.map(join, outputs)

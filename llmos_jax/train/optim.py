@@ -29,6 +29,11 @@ class OptimConfig:
     epsilon: float = setting(1e-8, help="added to the root of the second moment", above=0.0)
     weight_decay: float = setting(0.1, help="decoupled weight decay of matrices and embeddings", at_least=0.0)
     clip_norm: float | None = setting(1.0, help="largest global gradient norm; none: no clipping", above=0.0)
+    gradient_dtype: str = setting(
+        "float32",
+        help="dtype in which gradients of matrices are summed over devices; bfloat16 halves the traffic, and that of gathers",
+        choices=("float32", "bfloat16"),
+    )
     ema: float | None = setting(None, help="decay of the averaged weights used in evaluation; none: off", above=0.0, below=1.0)
     spike_factor: float | None = setting(
         10.0, help="skip steps whose gradient norm exceeds this many times its running mean; none: never", above=1.0

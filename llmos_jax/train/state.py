@@ -43,12 +43,16 @@ class TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class ModelHandle:
-    """A model taken apart: `merge(params)` gives the module, `infos` describes its parameters, `shapes` their shapes."""
+    """A model taken apart: `merge(params)` gives the module, `infos` describes its parameters, `shapes` their shapes.
+
+    shardings: of the parameters; optimizer_shardings: of what only the update reads (the same, but for ZeRO-1).
+    """
 
     graphdef: Any
     shapes: Any
     infos: Any
     shardings: Any
+    optimizer_shardings: Any
     build: Any
 
     def merge(self, params):
@@ -77,9 +81,13 @@ def describe_model(build, placement):
     infos = nnx.to_pure_dict(infos) if isinstance(infos, nnx.State) else infos
     shapes = nnx.to_pure_dict(state)
     names = jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path), shapes)
-    jax.tree.map(lambda s, info, name: shard_shapes_divide(placement, s.shape, info.axes, name), shapes, infos, names)
-    shardings = jax.tree.map(lambda info: placement.sharding(*info.axes), infos)
-    return ModelHandle(graphdef, shapes, infos, shardings, build)
+    shardings = []
+    for where in (placement, placement.for_optimizer):
+        jax.tree.map(
+            lambda s, info, name, where=where: shard_shapes_divide(where, s.shape, info.axes, name), shapes, infos, names
+        )
+        shardings.append(jax.tree.map(lambda info, where=where: where.sharding(*info.axes), infos))
+    return ModelHandle(graphdef, shapes, infos, *shardings, build)
 
 
 def init_state(handle, optimizer, placement, seed, *, with_ema=False):
@@ -97,12 +105,12 @@ def abstract_state(handle, optimizer, placement, *, with_ema=False):
 
 
 def state_shardings(handle, optimizer, placement, *, with_ema=False):
-    """Returns the tree of NamedShardings of a TrainState; optimizer moments lie as their parameters do."""
+    """Returns the tree of NamedShardings of a TrainState; moments and averages lie by `handle.optimizer_shardings`."""
     shapes = jax.eval_shape(_make_state(handle, optimizer, with_ema), jax.random.key(0))
     by_name = {
         leaf_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(handle.shapes), jax.tree.leaves(handle.shardings), strict=True
+            jax.tree_util.tree_leaves_with_path(handle.shapes), jax.tree.leaves(handle.optimizer_shardings), strict=True
         )
     }
 
@@ -115,7 +123,7 @@ def state_shardings(handle, optimizer, placement, *, with_ema=False):
                 return sharding
         return placement.sharding()
 
-    return jax.tree_util.tree_map_with_path(place, shapes)
+    return dataclasses.replace(jax.tree_util.tree_map_with_path(place, shapes), params=handle.shardings)
 
 
 def to_tree(state):

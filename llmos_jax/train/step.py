@@ -34,9 +34,12 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
 
     def step(state, batch, clock):
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        (total, (weight, sums)), gradients = accumulate(gradient, state.params, batch, key, microbatches)
+        params = reduced_in(config.gradient_dtype, state.params, handle.infos)
+        (total, (weight, sums)), gradients = accumulate(gradient, params, batch, key, microbatches)
+        # ZeRO: gradients are scattered to the devices that update with them, still in the dtype of their reduction.
+        gradients = jax.lax.with_sharding_constraint(gradients, handle.optimizer_shardings)
         scale = 1.0 / jnp.maximum(weight, 1.0)
-        gradients = jax.tree.map(lambda g: g * scale, gradients)
+        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
         squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)]
         is_good, norm, guarded = guard.judge(config, state.guard, state.step, total, squares)
         if config.clip_norm is not None:
@@ -66,6 +69,14 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
     return step
 
 
+def reduced_in(dtype, params, infos):
+    """Returns `params` with matrices and embeddings in `dtype`: their gradients are then summed over devices in it.
+
+    Sharded weights are gathered in it, too. Vectors (biases, norms) stay float32.
+    """
+    return jax.tree.map(lambda p, info: p if info.kind == "vector" else p.astype(dtype), params, infos)
+
+
 def accumulate(gradient, params, batch, key, microbatches):
     """Returns `gradient(params, batch, key)` summed over `microbatches` slices of the batch, in constant memory.
 
@@ -80,5 +91,5 @@ def accumulate(gradient, params, batch, key, microbatches):
         return jax.tree.map(jnp.add, sums, gradient(params, piece, jax.random.fold_in(key, index))), None
 
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], slices), key)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32)), shapes)
     return jax.lax.scan(add, zeros, (slices, jnp.arange(microbatches)))[0]

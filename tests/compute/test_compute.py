@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmos_jax.compute import devices, host, memory
-from llmos_jax.compute.mesh import MeshConfig, build_mesh, mesh_sizes
+from llmos_jax.compute.mesh import AXES, MeshConfig, build_mesh, mesh_sizes
 from llmos_jax.compute.sharding import global_array, make_placement
 from llmos_jax.errors import ConfigError, DeviceMemoryError
 
@@ -83,22 +83,24 @@ print(faults() - before)
 
 
 def test_mesh_sizes():
-    assert mesh_sizes(MeshConfig(), 8) == {"pipeline": 1, "data": 8, "model": 1}
-    assert mesh_sizes(MeshConfig(model=4), 8) == {"pipeline": 1, "data": 2, "model": 4}
-    assert mesh_sizes(MeshConfig(data=2, model=-1), 8) == {"pipeline": 1, "data": 2, "model": 4}
-    assert build_mesh(MeshConfig(model=2)).shape == {"pipeline": 1, "data": 4, "model": 2}
+    ones = dict.fromkeys(AXES, 1)
+    assert mesh_sizes(MeshConfig(), 8) == ones | {"data": 8}
+    assert mesh_sizes(MeshConfig(model=4), 8) == ones | {"data": 2, "model": 4}
+    assert mesh_sizes(MeshConfig(data=2, model=-1), 8) == ones | {"data": 2, "model": 4}
+    assert build_mesh(MeshConfig(replica=2, model=2)).shape == ones | {"replica": 2, "data": 2, "model": 2}
 
 
 @pytest.mark.parametrize(
     ("choices", "words"),
     [
-        ({"model": 3}, "does not fit 8 device.*can be one of"),
-        ({"data": 4, "model": 4}, "does not fit 8"),
+        ({"model": 3}, "mesh.model=3 does not divide the 8 .*nearest that fits: mesh.model=2 mesh.data=4"),
+        ({"data": 4, "model": 4}, "mesh.model=4 does not divide the 2 .*nearest that fits: mesh.model=4 mesh.data=2"),
+        ({"data": 2, "model": 2}, "does not fit 8 device.*multiply to 4; .*mesh.model=2 mesh.data=4"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -1, "model": -1}, "one of them may be -1"),
         ({"pipeline": 2}, "pipeline parallelism is not there yet"),
         ({"rules": {"mlpp": ("model",)}}, "mesh.rules.mlpp: no such logical axis"),
-        ({"rules": {"mlp": ("modl",)}}, "names the mesh axis 'modl'; known: pipeline, data, model"),
+        ({"rules": {"mlp": ("modl",)}}, "names the mesh axis 'modl'; known: pipeline, replica, data"),
     ],
 )
 def test_impossible_meshes_are_refused(choices, words):
@@ -108,7 +110,7 @@ def test_impossible_meshes_are_refused(choices, words):
 
 def test_rules_are_data():
     placement = make_placement(MeshConfig(data=4, model=2, parameters="fsdp", rules={"vocab": ()}))
-    assert placement.spec("embed", "mlp") == jax.sharding.PartitionSpec("data", "model")
+    assert placement.spec("embed", "mlp") == jax.sharding.PartitionSpec(("data", "context", "expert"), "model")
     assert placement.spec("vocab", None) == jax.sharding.PartitionSpec(None, None)
     assert placement.axis_size("batch") == 4
     with pytest.raises(ConfigError, match="logical axis 'embd' is not in the rules; known: batch"):

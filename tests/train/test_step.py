@@ -118,6 +118,9 @@ def single():
         dict(data=4, model=2),
         dict(data=8, parameters="fsdp"),
         dict(data=4, model=2, parameters="fsdp"),
+        dict(data=4, model=2, parameters="zero1"),
+        dict(data=2, model=4, is_sequence_sharded=False),
+        dict(replica=2, data=2, model=2, parameters="fsdp"),
     ],
     ids=str,
 )
@@ -126,13 +129,39 @@ def test_mesh_shapes_give_the_same_numbers(mesh, single):
     losses, params = single
     np.testing.assert_allclose(sharded.run(make_batches(10)), losses, rtol=1e-5)
     assert_close(sharded.params(), params, 1e-5)
-    placed = sharded.state.params["stack"]["blocks"]["up"]["weight"]
-    shards = placed.size // placed.addressable_shards[0].data.size
-    expected = mesh.get("model", 1) * (mesh["data"] if mesh.get("parameters") == "fsdp" else 1)
-    assert shards == expected
-    moment = jax.tree_util.tree_leaves_with_path(sharded.state.optimizer)
-    sizes = {leaf.sharding for path, leaf in moment if state.leaf_name(path).endswith("mu/stack/blocks/up/weight")}
-    assert sizes == {placed.sharding}
+
+    def shards(leaf):
+        return leaf.size // leaf.addressable_shards[0].data.size
+
+    over_data, form = mesh["data"], mesh.get("parameters", "replicated")
+    assert shards(sharded.state.params["stack"]["blocks"]["up"]["weight"]) == mesh.get("model", 1) * (
+        over_data if form == "fsdp" else 1
+    )
+    moments = jax.tree_util.tree_leaves_with_path(sharded.state.optimizer)
+    named = [leaf for path, leaf in moments if state.leaf_name(path).endswith("mu/stack/blocks/up/weight")]
+    assert [shards(leaf) for leaf in named] == [mesh.get("model", 1) * (1 if form == "replicated" else over_data)]
+
+
+def test_residuals_are_sharded_by_position_between_blocks():
+    """Only with sequence sharding are positions gathered (before the products) that norms and residuals hold apart."""
+    gathers = {}
+    for is_sharded in (True, False):
+        trainer = Trainer(mesh=MeshConfig(data=2, model=4, is_sequence_sharded=is_sharded))
+        batch = {k: jax.device_put(v, trainer.placement.sharding("batch")) for k, v in make_batches(1)[0].items()}
+        text = trainer.step.lower(trainer.state, batch, jnp.float32(0)).compile().as_text()
+        gathers[is_sharded] = text.count(" all-gather(")
+    assert gathers[True] > 0 and gathers[False] == 0
+
+
+def test_gradients_are_reduced_in_the_dtype_asked_for(single):
+    """Training with bfloat16 gradients follows that in float32 closely, not exactly."""
+    config = optim.OptimConfig(learning_rate=1e-2, epsilon=1e-4, gradient_dtype="bfloat16")
+    losses, _ = single
+    trainer = Trainer(config=config, mesh=MeshConfig(data=8))
+    rounded = trainer.run(make_batches(10))
+    np.testing.assert_allclose(rounded, losses, rtol=1e-2)
+    assert rounded != losses
+    assert trainer.state.params["embedding"].dtype == jnp.float32
 
 
 @pytest.mark.parametrize("choices", [dict(execution="scan"), dict(remat="full"), dict(remat="matmuls")], ids=str)
