@@ -292,12 +292,12 @@ def _restore_or_init(run, initial_params):
         run.sampled_at = metadata["sampled_at"]
         run.account.merge(metadata["seconds"])
         logging.info("restored step %d from %s", step, run.directory)
-        return states.from_tree(tree, abstract), metadata["position"]
+        return states.in_stored_order(states.from_tree(tree, abstract), run.handle), metadata["position"]
     state = states.init_state(
         run.handle, run.optimizer, run.placement, run.settings.seed, with_ema=run.settings.optim.ema is not None
     )
     if initial_params is not None:
-        params = initial_params(abstract.params)
+        params = states.in_stored_order(initial_params(abstract.params), run.handle)
         ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
         state = dataclasses.replace(state, params=params, ema=ema)
     return state, 0
@@ -317,7 +317,7 @@ def _save(run, state, position):
         "sampled_at": run.sampled_at,
         "artifacts": dict(run.task.artifacts),
     }
-    run.checkpointer.save(position, states.to_tree(state), metadata)
+    run.checkpointer.save(position, states.to_tree(states.in_canonical_order(state, run.handle)), metadata)
 
 
 def _abstract(run):

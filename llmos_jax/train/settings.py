@@ -55,11 +55,13 @@ IDENTITY = ("name", "seed", "model", "task", "data", "optim")
 
 
 def check_batch(settings, placement):
-    """Raises ConfigError when the batch can't be cut into data shards x microbatches."""
-    shards, train = placement.axis_size("batch"), settings.train
-    multiple = shards * train.microbatches
+    """Raises ConfigError when the batch can't be cut into data shards x microbatches (x those of the pipeline)."""
+    shards, train, plan = placement.axis_size("batch"), settings.train, placement.pipeline
+    multiple, parts = shards * train.microbatches, f"{shards} data shards x train.microbatches={train.microbatches}"
+    if plan is not None:
+        multiple, parts = multiple * plan.microbatches, f"{parts} x mesh.pipeline_microbatches={plan.microbatches}"
     if train.batch_size % multiple:
         raise ConfigError(
-            f"train.batch_size={train.batch_size} is not divisible by {shards} data shards x train.microbatches="
-            f"{train.microbatches}; the next size that is: {-(-train.batch_size // multiple) * multiple}."
+            f"train.batch_size={train.batch_size} is not divisible by {parts}; the next size that is: "
+            f"{-(-train.batch_size // multiple) * multiple}."
         )

@@ -98,7 +98,6 @@ def test_mesh_sizes():
         ({"data": 2, "model": 2}, "does not fit 8 device.*multiply to 4; .*mesh.model=2 mesh.data=4"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -1, "model": -1}, "one of them may be -1"),
-        ({"pipeline": 2}, "pipeline parallelism is not there yet"),
         ({"rules": {"mlpp": ("model",)}}, "mesh.rules.mlpp: no such logical axis"),
         ({"rules": {"mlp": ("modl",)}}, "names the mesh axis 'modl'; known: pipeline, replica, data"),
     ],
