@@ -53,11 +53,10 @@ class Checkpointer:
 
     def should_save(self, step):
         """Whether a save is due by step or by time."""
-        if step == 0 or step == self.latest_step():
-            return False
         is_step = self.config.every_steps is not None and step % self.config.every_steps == 0
         is_time = self.config.every_seconds is not None and self._clock() - self._saved_at >= self.config.every_seconds
-        return is_step or is_time
+        # The folder is listed last: this is asked before every step, and a listing takes long on a network file system.
+        return step > 0 and (is_step or is_time) and step != self.latest_step()
 
     def steps(self):
         """Returns the complete steps, oldest first."""

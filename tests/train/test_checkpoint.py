@@ -273,6 +273,12 @@ def test_policy_by_step_and_by_time_and_what_is_kept(tmp_path):
     checkpointer.close()
 
 
+def test_asking_whether_a_save_is_due_reads_no_folder(tmp_path, monkeypatch):
+    checkpointer = lib.Checkpointer(tmp_path, lib.CheckpointConfig(every_steps=10))
+    monkeypatch.setattr(lib, "_steps", lambda directory: pytest.fail("the folder was listed"))
+    assert not any(checkpointer.should_save(step) for step in range(10))
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
 def test_killed_while_saving(delay, tmp_path):
     """Row R4: the step before stays the newest, and what is left over is removed."""
