@@ -6,8 +6,10 @@ to `quarantine-STEP`, and the step before it tried; a mere mismatch with the set
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -15,7 +17,7 @@ import time
 import jax
 from absl import logging
 
-from llmos_jax.compute import host
+from llmos_jax.compute import host, memory
 from llmos_jax.config import setting
 from llmos_jax.errors import CheckpointError
 from llmos_jax.train.fingerprint import fingerprints
@@ -25,6 +27,8 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
+# A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
+_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,8 +155,9 @@ class Checkpointer:
     def restore_latest_good(self, abstract):
         """Returns (step, tree, metadata) of the newest step that verifies, or None when there is no step at all.
 
-        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good: a run
-        never silently starts from scratch.
+        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good (a run
+        never silently starts from scratch), or when the machine fails to read one (permissions, open files): nothing is
+        moved then, nor when a device runs out of memory, which JAX's own error says.
         """
         _remove_leftovers(self.directory)
         steps = self.steps()
@@ -196,6 +201,9 @@ class Checkpointer:
         try:
             restored = self._open().restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
+            if memory.is_out_of_memory(error):
+                raise
+            _blame_machine(folder, error)
             raise _Damaged(_first_line(error)) from error
         tree = {key: restored[key][key] for key in abstract}
         for name, value in fingerprints(tree).items():
@@ -348,12 +356,22 @@ def _read_record(folder):
         record = json.loads(file.read_text())
         digest = record.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
+        _blame_machine(folder, error)
         raise _Damaged(f"its record {file.name} can't be read: {_first_line(error)}") from error
     if _digest(record) != digest:
         raise _Damaged("its record was changed after it was written")
     if record["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {record['format']}; this release reads {_FORMAT}.")
     return record
+
+
+def _blame_machine(folder, error):
+    """Raises CheckpointError when a failed read is the machine's failure, not the checkpoint's."""
+    # Tensorstore's errors carry the system's words only.
+    words = [os.strerror(code) for code in _MACHINE_ERRORS]
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        reason = _first_line(error)
+        raise CheckpointError(f"checkpoint {folder} can't be read now ({reason}): mend that, and try again.") from error
 
 
 def _compare(folder, record, wanted, parts):

@@ -166,6 +166,31 @@ def test_damaged_files_fall_back(damage, template, tmp_path):
     assert_same(tree, trees[1])
 
 
+@pytest.mark.parametrize(
+    ("what", "failure", "words"),
+    [
+        ("record", OSError(24, "Too many open files"), "can't be read now.*Too many open files"),
+        ("arrays", ValueError("PERMISSION_DENIED: Error opening: Permission denied"), "can't be read now.*Permission denied"),
+        ("arrays", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_a_failure_of_the_machine_is_not_taken_for_damage(what, failure, words, template, tmp_path, monkeypatch):
+    """A good step that can't be read now (open files, permissions, memory) stays where it is."""
+    target, trees = copy(template, tmp_path), template[1]
+    checkpointer = lib.Checkpointer(target, lib.CheckpointConfig())
+
+    def fail(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(lib.json, "loads") if what == "record" else (checkpointer._open(), "restore"), fail)
+        with pytest.raises((CheckpointError, jax.errors.JaxRuntimeError), match=words):
+            checkpointer.restore_latest_good(abstract(trees[2]))
+    assert checkpointer.steps() == [1, 2] and not list(target.glob("quarantine-*"))
+    assert checkpointer.restore_latest_good(abstract(trees[2]))[0] == 2
+    checkpointer.close()
+
+
 def test_none_intact_is_an_error_not_a_fresh_start(template, tmp_path):
     """Row C3: exit code 65, now and at the next try."""
     target, trees = copy(template, tmp_path), template[1]
