@@ -271,18 +271,10 @@ def list_checkpoints(directory):
 def verify_checkpoints(directory):
     """Returns a CheckpointRow per step after reading every array on one device and comparing fingerprints."""
     checkpointer, rows = Checkpointer(directory, CheckpointConfig()), []
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for step in checkpointer.steps():
         folder = checkpointer.directory / str(step)
         try:
-            abstract = {}
-            for name, (shape, dtype) in _read_record(folder)["leaves"].items():
-                *parents, last = name.split("/")
-                node = abstract
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
-            checkpointer._restore(step, abstract)
+            _verify(checkpointer, step)
             rows.append(_row(folder, step, True, "every array as it was saved"))
         except _Damaged as error:
             rows.append(_row(folder, step, False, str(error)))
@@ -291,16 +283,50 @@ def verify_checkpoints(directory):
 
 
 def collect_garbage(directory, *, keep):
-    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names."""
-    directory = pathlib.Path(directory)
+    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names.
+
+    The newest step that verifies is never removed (every array of it is read). CheckpointError, with nothing but leftovers
+    removed, when there are steps and none verifies.
+    """
+    directory = pathlib.Path(directory).absolute()
     removed = _remove_leftovers(directory)
-    for folder in sorted(directory.glob("quarantine-*")):
+    steps, quarantined = _steps(directory), sorted(directory.glob("quarantine-*"))
+    good = _newest_good(directory, steps)
+    if good is None and (steps or quarantined):
+        raise CheckpointError(f"no checkpoint in {directory} is intact: what is there was left as it is.")
+    superfluous = [directory / str(step) for step in _superfluous(steps, keep, None) if step != good]
+    for folder in [*quarantined, *superfluous]:
         shutil.rmtree(folder)
         removed.append(folder.name)
-    for step in _superfluous(_steps(directory), keep, None):
-        shutil.rmtree(directory / str(step))
-        removed.append(str(step))
     return removed
+
+
+def _newest_good(directory, steps):
+    """Returns the newest of `steps` whose arrays are what was saved, or None."""
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    try:
+        for step in reversed(steps):
+            try:
+                _verify(checkpointer, step)
+            except _Damaged as error:
+                logging.error("checkpoint step %d is damaged (%s)", step, error)
+            else:
+                return step
+        return None
+    finally:
+        checkpointer.close()
+
+
+def _verify(checkpointer, step):
+    """Reads every array of a step on one device; _Damaged when one is not what was saved."""
+    where, abstract = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    for name, (shape, dtype) in _read_record(checkpointer.directory / str(step))["leaves"].items():
+        *parents, last = name.split("/")
+        node = abstract
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+    checkpointer._restore(step, abstract)
 
 
 def format_rows(rows):

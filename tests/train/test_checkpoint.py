@@ -343,6 +343,29 @@ def test_verbs(template, tmp_path):
     assert sorted(p.name for p in target.iterdir()) == ["2"]
 
 
+def test_garbage_collection_keeps_the_last_step_that_verifies(template, tmp_path):
+    """Keeping the newest one alone would leave nothing to restore where that one is damaged."""
+    target = copy(template, tmp_path)
+    zero(target / "2" / "params")
+    assert lib.collect_garbage(target, keep=1) == []
+    checkpointer = lib.Checkpointer(target, lib.CheckpointConfig())
+    assert checkpointer.restore_latest_good(abstract(template[1][1]))[0] == 1
+    assert lib.collect_garbage(target, keep=1) == ["quarantine-2"]
+    zero(target / "1" / "params")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+            lib.collect_garbage(target, keep=1)
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):  # moves it to quarantine
+            checkpointer.restore_latest_good(abstract(template[1][1]))
+    checkpointer.close()
+
+
+def zero(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
+
+
 def test_a_save_does_not_wait_for_the_disk(tmp_path):
     """The asynchronous path is used: the step's folder is not there when save returns."""
     checkpointer = lib.Checkpointer(tmp_path, lib.CheckpointConfig())
