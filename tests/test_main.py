@@ -75,6 +75,7 @@ def test_checkpoint_verbs(run_directory):
             "optim.learning_rate=nan must be a finite number",
         ),
         (["--config=experiments/gpt.py", "--config.optim.learning_rate=-1"], "must be above 0.0"),
+        (["--config=experiments/gpt.py", "--config.seed=4294967296"], "seed=4294967296 must be at most 4294967295"),
         (["--config=experiments/gpt.py", "--config.train.steps=ten"], "train.steps must be a whole number, not 'ten'"),
         (["--config=experiments/gpt.py", "--config.model.heads=3"], "model.width=.* is not divisible by model.heads=3"),
         (
@@ -88,6 +89,8 @@ def test_checkpoint_verbs(run_directory):
         (["generate", "--workdir=/tmp", "--prompt=a"], "holds no run"),
         (["generate", "--workdir=/tmp", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0.0"),
         (["generate", "--workdir=/tmp", "--prompt=a", "--top_p=2"], "top_p=2.0 must be at most 1.0"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--stop="], "stop: an empty text"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--seed=99999999999999999999"], "seed=.* must be at most"),
         (["generate", "--workdir=/tmp", "--prompt_file=/no/file"], "--prompt_file=/no/file can't be read"),
         (["checkpoint", "lst", "--workdir=/no/run"], "has no checkpoints"),
     ],
