@@ -135,8 +135,7 @@ class _Input:
         if note.is_file():
             return note.read_text()
         content = sources_lib.content_hash(self.source, self.files)
-        note.parent.mkdir(exist_ok=True)
-        host.write_whole(note, content)
+        _keep(note, content)
         return content
 
 
@@ -149,6 +148,18 @@ def _cache_directory(config):
     except OSError as error:
         raise ConfigError(f"data.cache_dir={config.cache_dir} can't be used ({error.strerror}): name another.") from None
     return cache
+
+
+def _keep(file, text):
+    """Writes a file of the cache; DataError when there is no room for it."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        host.write_whole(file, text)
+    except OSError as error:
+        raise DataError(
+            f"{file} could not be written ({error.strerror}): make room, or keep prepared data elsewhere (data.cache_dir, or "
+            "$LLMOS_CACHE)."
+        ) from None
 
 
 def _folder(source):
@@ -179,7 +190,7 @@ def _tokenizer(config, inputs, cache, log):
         return load_tokenizer(file)
     start = time.perf_counter()
     tokenizer = make_tokenizer(config.tokenizer, _tokenizer_texts(config, inputs, log))
-    host.write_whole(file, json.dumps(tokenizer.to_json()))
+    _keep(file, json.dumps(tokenizer.to_json()))
     log(f"tokenizer {config.tokenizer} trained in {time.perf_counter() - start:.1f} s")
     return tokenizer
 

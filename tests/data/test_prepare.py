@@ -1,5 +1,6 @@
 """Sources to records: what is read, split, cached, refused, and what damage is named."""
 
+import errno
 import gzip
 import json
 import os
@@ -177,6 +178,20 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path / "t.txt", cache], capture_output=True, text=True, check=False)
     assert "DataError" in done.stderr and "make room, or keep prepared records elsewhere" in done.stderr
     assert not list(cache.glob("records*"))
+
+
+@pytest.mark.parametrize("what", ["hashes", "tokenizer"])
+def test_a_full_disk_is_named_before_there_are_records(what, tmp_path, monkeypatch):
+    real = prepare_lib.host.write_whole
+
+    def write_whole(file, text):
+        if what in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, text)
+
+    monkeypatch.setattr(prepare_lib.host, "write_whole", write_whole)
+    with pytest.raises(DataError, match=f"{what}.* could not be written .No space left on device.: make room"):
+        prepare(config(write("folder", tmp_path / "in"), tmp_path, tokenizer="bpe:300"), log=lambda line: None)
 
 
 def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
