@@ -5,6 +5,7 @@ parameters can be read alone) and a record of names, shapes, fingerprints and me
 to `quarantine-STEP`, and the step before it tried; a mere mismatch with the settings is reported and nothing is touched.
 """
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -187,8 +188,12 @@ class Checkpointer:
             try:
                 return self._restore(candidate, {key: abstract})[0][key]
             except _Damaged as error:
+                if step is not None:
+                    raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}.") from error
                 logging.error("checkpoint step %d is damaged (%s): trying the one before", candidate, error)
-        raise CheckpointError(f"no checkpoint in {self.directory} is intact.")
+        raise CheckpointError(
+            f"{self.directory} has no checkpoint" + (" that is intact." if steps else " yet: train it first.")
+        )
 
     def _restore(self, step, abstract):
         import orbax.checkpoint as ocp
@@ -255,15 +260,16 @@ class CheckpointRow:
 
 def list_checkpoints(directory):
     """Returns a CheckpointRow per step, oldest first; the record is read, the arrays are not."""
-    rows = []
-    for step in _steps(pathlib.Path(directory)):
-        folder = pathlib.Path(directory) / str(step)
+    rows, directory = [], pathlib.Path(directory)
+    for step in _steps(directory):
+        folder = directory / str(step)
         try:
-            message = f"{len(_read_record(folder)['leaves'])} arrays"
-            rows.append(_row(folder, step, True, message))
+            is_good, message = True, f"{len(_read_record(folder)['leaves'])} arrays"
         except _Damaged as error:
-            rows.append(_row(folder, step, False, str(error)))
-    for folder in sorted(pathlib.Path(directory).glob("quarantine-*")):
+            is_good, message = False, str(error)
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on has removed it meanwhile
+            rows.append(_row(folder, step, is_good, message))
+    for folder in sorted(directory.glob("quarantine-*")):
         rows.append(_row(folder, int(folder.name.split("-")[1]), False, f"quarantined as {folder.name}"))
     return rows
 

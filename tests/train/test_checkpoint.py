@@ -350,14 +350,35 @@ def test_garbage_collection_keeps_the_last_step_that_verifies(template, tmp_path
     assert lib.collect_garbage(target, keep=1) == []
     checkpointer = lib.Checkpointer(target, lib.CheckpointConfig())
     assert checkpointer.restore_latest_good(abstract(template[1][1]))[0] == 1
+    with pytest.raises(CheckpointError, match="has no step 2; it has 1"):
+        checkpointer.restore_part(abstract(template[1][1])["params"], key="params", step=2)
     assert lib.collect_garbage(target, keep=1) == ["quarantine-2"]
     zero(target / "1" / "params")
+    with pytest.raises(CheckpointError, match="checkpoints/1 is damaged"):
+        checkpointer.restore_part(abstract(template[1][1])["params"], key="params", step=1)
     for _ in range(2):
         with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
             lib.collect_garbage(target, keep=1)
         with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):  # moves it to quarantine
             checkpointer.restore_latest_good(abstract(template[1][1]))
     checkpointer.close()
+
+
+def test_steps_that_go_while_they_are_listed_are_left_out(template, tmp_path, monkeypatch):
+    target, real = copy(template, tmp_path), lib._read_record
+
+    def read(folder):
+        if folder.name == "1":
+            shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr(lib, "_read_record", read)
+    assert [row.step for row in lib.list_checkpoints(target)] == [2]
+
+
+def test_an_empty_folder_has_no_checkpoint_yet(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        lib.Checkpointer(tmp_path, lib.CheckpointConfig()).restore_part({}, key="params")
 
 
 def zero(folder):
