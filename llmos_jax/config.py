@@ -54,6 +54,8 @@ def load_experiment(spec):
         known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(known)}" if known else ""
         raise ConfigError(f"--config={spec}: there is no file {path}{hint}.")
+    if path.suffix != ".py":
+        raise ConfigError(f"--config={spec}: {path} is not a Python file with get_config(arg).")
     module_spec = importlib.util.spec_from_file_location(f"llmos_experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)

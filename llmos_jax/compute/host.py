@@ -8,6 +8,8 @@ import resource
 import shutil
 import sys
 
+from llmos_jax.errors import ConfigError
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -45,10 +47,16 @@ def free_disk_bytes(path):
 
 
 def cache_directory(name):
-    """Returns the folder `name` under `$LLMOS_CACHE` or `~/.cache/llmos`, made owner-only if it is missing."""
+    """Returns the folder `name` under `$LLMOS_CACHE` or `~/.cache/llmos`, made owner-only if it is missing.
+
+    Raises ConfigError when it can't be made.
+    """
     root = pathlib.Path(os.environ.get("LLMOS_CACHE") or pathlib.Path.home() / ".cache" / "llmos")
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"the cache {folder} can't be made ({error.strerror}): name another in $LLMOS_CACHE.") from None
     return folder
 
 

@@ -52,7 +52,7 @@ class Generator:
         for index, ids in enumerate(rows):
             tokens[index, width - len(ids) :] = ids
             first[index] = width - len(ids)
-        length = round_up(width + sampling.max_tokens)
+        length = round_up(width + min(sampling.max_tokens, self.config.context))
         layers = self._unstack(params["stack"]["blocks"])
         dtype = self.handle.merge(params).dtype
         shape, depth = self.family.cache_shapes(self.config, count, length)

@@ -5,9 +5,12 @@ parameters can be read alone) and a record of names, shapes, fingerprints and me
 to `quarantine-STEP`, and the step before it tried; a mere mismatch with the settings is reported and nothing is touched.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -15,7 +18,7 @@ import time
 import jax
 from absl import logging
 
-from llmos_jax.compute import host
+from llmos_jax.compute import host, memory
 from llmos_jax.config import setting
 from llmos_jax.errors import CheckpointError
 from llmos_jax.train.fingerprint import fingerprints
@@ -25,6 +28,8 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
+# A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
+_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +58,10 @@ class Checkpointer:
 
     def should_save(self, step):
         """Whether a save is due by step or by time."""
-        if step == 0 or step == self.latest_step():
-            return False
         is_step = self.config.every_steps is not None and step % self.config.every_steps == 0
         is_time = self.config.every_seconds is not None and self._clock() - self._saved_at >= self.config.every_seconds
-        return is_step or is_time
+        # The folder is listed last: this is asked before every step, and a listing takes long on a network file system.
+        return step > 0 and (is_step or is_time) and step != self.latest_step()
 
     def steps(self):
         """Returns the complete steps, oldest first."""
@@ -152,8 +156,9 @@ class Checkpointer:
     def restore_latest_good(self, abstract):
         """Returns (step, tree, metadata) of the newest step that verifies, or None when there is no step at all.
 
-        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good: a run
-        never silently starts from scratch.
+        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good (a run
+        never silently starts from scratch), or when the machine fails to read one (permissions, open files): nothing is
+        moved then, nor when a device runs out of memory, which JAX's own error says.
         """
         _remove_leftovers(self.directory)
         steps = self.steps()
@@ -183,8 +188,12 @@ class Checkpointer:
             try:
                 return self._restore(candidate, {key: abstract})[0][key]
             except _Damaged as error:
+                if step is not None:
+                    raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}.") from error
                 logging.error("checkpoint step %d is damaged (%s): trying the one before", candidate, error)
-        raise CheckpointError(f"no checkpoint in {self.directory} is intact.")
+        raise CheckpointError(
+            f"{self.directory} has no checkpoint" + (" that is intact." if steps else " yet: train it first.")
+        )
 
     def _restore(self, step, abstract):
         import orbax.checkpoint as ocp
@@ -197,6 +206,9 @@ class Checkpointer:
         try:
             restored = self._open().restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
+            if memory.is_out_of_memory(error):
+                raise
+            _blame_machine(folder, error)
             raise _Damaged(_first_line(error)) from error
         tree = {key: restored[key][key] for key in abstract}
         for name, value in fingerprints(tree).items():
@@ -248,15 +260,16 @@ class CheckpointRow:
 
 def list_checkpoints(directory):
     """Returns a CheckpointRow per step, oldest first; the record is read, the arrays are not."""
-    rows = []
-    for step in _steps(pathlib.Path(directory)):
-        folder = pathlib.Path(directory) / str(step)
+    rows, directory = [], pathlib.Path(directory)
+    for step in _steps(directory):
+        folder = directory / str(step)
         try:
-            message = f"{len(_read_record(folder)['leaves'])} arrays"
-            rows.append(_row(folder, step, True, message))
+            is_good, message = True, f"{len(_read_record(folder)['leaves'])} arrays"
         except _Damaged as error:
-            rows.append(_row(folder, step, False, str(error)))
-    for folder in sorted(pathlib.Path(directory).glob("quarantine-*")):
+            is_good, message = False, str(error)
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on has removed it meanwhile
+            rows.append(_row(folder, step, is_good, message))
+    for folder in sorted(directory.glob("quarantine-*")):
         rows.append(_row(folder, int(folder.name.split("-")[1]), False, f"quarantined as {folder.name}"))
     return rows
 
@@ -264,18 +277,10 @@ def list_checkpoints(directory):
 def verify_checkpoints(directory):
     """Returns a CheckpointRow per step after reading every array on one device and comparing fingerprints."""
     checkpointer, rows = Checkpointer(directory, CheckpointConfig()), []
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for step in checkpointer.steps():
         folder = checkpointer.directory / str(step)
         try:
-            abstract = {}
-            for name, (shape, dtype) in _read_record(folder)["leaves"].items():
-                *parents, last = name.split("/")
-                node = abstract
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
-            checkpointer._restore(step, abstract)
+            _verify(checkpointer, step)
             rows.append(_row(folder, step, True, "every array as it was saved"))
         except _Damaged as error:
             rows.append(_row(folder, step, False, str(error)))
@@ -284,16 +289,50 @@ def verify_checkpoints(directory):
 
 
 def collect_garbage(directory, *, keep):
-    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names."""
-    directory = pathlib.Path(directory)
+    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names.
+
+    The newest step that verifies is never removed (every array of it is read). CheckpointError, with nothing but leftovers
+    removed, when there are steps and none verifies.
+    """
+    directory = pathlib.Path(directory).absolute()
     removed = _remove_leftovers(directory)
-    for folder in sorted(directory.glob("quarantine-*")):
+    steps, quarantined = _steps(directory), sorted(directory.glob("quarantine-*"))
+    good = _newest_good(directory, steps)
+    if good is None and (steps or quarantined):
+        raise CheckpointError(f"no checkpoint in {directory} is intact: what is there was left as it is.")
+    superfluous = [directory / str(step) for step in _superfluous(steps, keep, None) if step != good]
+    for folder in [*quarantined, *superfluous]:
         shutil.rmtree(folder)
         removed.append(folder.name)
-    for step in _superfluous(_steps(directory), keep, None):
-        shutil.rmtree(directory / str(step))
-        removed.append(str(step))
     return removed
+
+
+def _newest_good(directory, steps):
+    """Returns the newest of `steps` whose arrays are what was saved, or None."""
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    try:
+        for step in reversed(steps):
+            try:
+                _verify(checkpointer, step)
+            except _Damaged as error:
+                logging.error("checkpoint step %d is damaged (%s)", step, error)
+            else:
+                return step
+        return None
+    finally:
+        checkpointer.close()
+
+
+def _verify(checkpointer, step):
+    """Reads every array of a step on one device; _Damaged when one is not what was saved."""
+    where, abstract = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    for name, (shape, dtype) in _read_record(checkpointer.directory / str(step))["leaves"].items():
+        *parents, last = name.split("/")
+        node = abstract
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+    checkpointer._restore(step, abstract)
 
 
 def format_rows(rows):
@@ -349,12 +388,22 @@ def _read_record(folder):
         record = json.loads(file.read_text())
         digest = record.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
+        _blame_machine(folder, error)
         raise _Damaged(f"its record {file.name} can't be read: {_first_line(error)}") from error
     if _digest(record) != digest:
         raise _Damaged("its record was changed after it was written")
     if record["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {record['format']}; this release reads {_FORMAT}.")
     return record
+
+
+def _blame_machine(folder, error):
+    """Raises CheckpointError when a failed read is the machine's failure, not the checkpoint's."""
+    # Tensorstore's errors carry the system's words only.
+    words = [os.strerror(code) for code in _MACHINE_ERRORS]
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        reason = _first_line(error)
+        raise CheckpointError(f"checkpoint {folder} can't be read now ({reason}): mend that, and try again.") from error
 
 
 def _compare(folder, record, wanted, parts):

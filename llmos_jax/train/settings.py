@@ -41,7 +41,7 @@ class Settings:
 
     name: str = setting(help="of the experiment")
     model: Any = setting(help="the network", units="llmos_jax.models")
-    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0)
+    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0, at_most=2**32 - 1)
     task: Any = setting({"name": "language"}, help="what to optimise", units="llmos_jax.tasks")
     data: DataConfig = setting(DataConfig(), help="sources and records")
     mesh: MeshConfig = setting(MeshConfig(), help="devices and rules")

@@ -50,7 +50,16 @@ def test_the_cpu_is_measured_and_remembered():
     assert 1e9 < measured < 1e14
     (remembered,) = json.loads((host.cache_directory("measured") / "cpu_flops.json").read_text()).values()
     assert remembered == measured
+    (host.cache_directory("measured") / "cpu_flops.json").write_text("{")
+    assert 1e9 < devices.peak_flops(jax.devices(), "float32") < 1e14
     assert "CPU" in devices.describe_devices(jax.devices())
+
+
+def test_a_cache_that_can_not_be_made_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMOS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"can't be made \(Not a directory\): name another in \$LLMOS_CACHE"):
+        host.cache_directory("data")
 
 
 def test_host(tmp_path):
