@@ -140,37 +140,13 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
     `pieces`: the batch cut into microbatches (see `cut`), `keys`: one each. Sums and gradients are added over microbatches in
     float32. Start and finish are computed by all stages together in every tick, so none idles for them.
     """
-    stages, repeats, slots = plan.stages, plan.repeats, 2 * plan.stages * plan.repeats - 1
-    depth, indices = stages * repeats, jnp.arange(stages)
+    stages, repeats, depth = plan.stages, plan.repeats, plan.stages * plan.repeats
+    indices = jnp.arange(stages)
 
     def gradient(shared, stacked, pieces, keys):
         contexts = lax.map(lambda item: start(shared, *item)[1], (pieces, keys))
         blocks, per_block = _split(stacked, plan)
-
-        def run_chunk(block, x, chunk, microbatch, index):
-            return run(block, x, _at(contexts, microbatch), (chunk * stages + index) * per_block)
-
-        def forward_stage(index, blocks, fresh, x, ring, tick):
-            chunk, microbatch, _ = _clock(plan, tick - index)
-            x = jax.tree.map(lambda new, old: jnp.where((index == 0) & (chunk == 0), new, old), fresh, x)
-            ring = jax.tree.map(lambda r, z: lax.dynamic_update_index_in_dim(r, z, tick % slots, 0), ring, x)
-            return run_chunk(_at(blocks, chunk), x, chunk, microbatch, index), ring
-
-        def backward_stage(index, blocks, last, cotangent, ring, total, tick):
-            since = tick - (depth - 1) - (stages - 1 - index)
-            chunk, microbatch, is_real = _clock(plan, since, is_backward=True)
-            born = (since // depth) * depth + chunk * stages + since % stages + index  # the tick of its forward
-            is_last = (index == stages - 1) & (chunk == repeats - 1)
-            cotangent = jax.tree.map(lambda new, old: jnp.where(is_last, new, old), last, cotangent)
-            _, pullback = jax.vjp(
-                lambda block, x: run_chunk(block, x, chunk, microbatch, index), _at(blocks, chunk), _at(ring, born % slots)
-            )
-            of_block, of_x = pullback(cotangent)
-            total = jax.tree.map(lambda sum_, new: sum_.at[chunk].add(jnp.where(is_real, new, 0)), total, of_block)
-            return of_x, total
-
-        forwards = jax.vmap(forward_stage, (0, 0, None, 0, 0, None), spmd_axis_name="pipeline")
-        backwards = jax.vmap(backward_stage, (0, 0, None, 0, 0, 0, None), spmd_axis_name="pipeline")
+        forwards, backwards = _stage_ticks(run, contexts, plan, per_block)
 
         def tick(has_forward, has_backward, carry, number):
             x, cotangent, ring, of_blocks, of_shared, sums = carry
@@ -211,7 +187,7 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
         of_start, _ = jax.eval_shape(start, shared, piece, key)
         of_finish = jax.eval_shape(finish, shared, of_start, piece, key)
         x = _stage_constrain(placement, _zeros(of_start, stages))
-        ring = _stage_constrain(placement, _zeros(of_start, stages, slots), 2)
+        ring = _stage_constrain(placement, _zeros(of_start, stages, _ring_slots(plan)), 2)
         totals = constrain(_zeros(shared, dtype=jnp.float32), _zeros(blocks, dtype=jnp.float32))
         carry = (x, x, ring, *totals[::-1], _zeros(of_finish))
         ends = (0, depth - 1, plan.ticks, plan.ticks + depth - 1)
@@ -225,6 +201,41 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
         return sums, (of_shared, of_stacked)
 
     return gradient
+
+
+def _ring_slots(plan):
+    """Ticks from a block's forward to its backward, at most: so many inputs of a stage are alive."""
+    return 2 * plan.stages * plan.repeats - 1
+
+
+def _stage_ticks(run, contexts, plan, per_block):
+    """Returns what all stages do forward and backward in a tick of 1F1B: functions of one stage, vmapped over all."""
+    stages, repeats, slots, depth = plan.stages, plan.repeats, _ring_slots(plan), plan.stages * plan.repeats
+
+    def run_chunk(block, x, chunk, microbatch, index):
+        return run(block, x, _at(contexts, microbatch), (chunk * stages + index) * per_block)
+
+    def forward_stage(index, blocks, fresh, x, ring, tick):
+        chunk, microbatch, _ = _clock(plan, tick - index)
+        x = jax.tree.map(lambda new, old: jnp.where((index == 0) & (chunk == 0), new, old), fresh, x)
+        ring = jax.tree.map(lambda r, z: lax.dynamic_update_index_in_dim(r, z, tick % slots, 0), ring, x)
+        return run_chunk(_at(blocks, chunk), x, chunk, microbatch, index), ring
+
+    def backward_stage(index, blocks, last, cotangent, ring, total, tick):
+        since = tick - (depth - 1) - (stages - 1 - index)
+        chunk, microbatch, is_real = _clock(plan, since, is_backward=True)
+        born = (since // depth) * depth + chunk * stages + since % stages + index  # the tick of its forward
+        is_last = (index == stages - 1) & (chunk == repeats - 1)
+        cotangent = jax.tree.map(lambda new, old: jnp.where(is_last, new, old), last, cotangent)
+        _, pullback = jax.vjp(
+            lambda block, x: run_chunk(block, x, chunk, microbatch, index), _at(blocks, chunk), _at(ring, born % slots)
+        )
+        of_block, of_x = pullback(cotangent)
+        total = jax.tree.map(lambda sum_, new: sum_.at[chunk].add(jnp.where(is_real, new, 0)), total, of_block)
+        return of_x, total
+
+    forwards = jax.vmap(forward_stage, (0, 0, None, 0, 0, None), spmd_axis_name="pipeline")
+    return forwards, jax.vmap(backward_stage, (0, 0, None, 0, 0, 0, None), spmd_axis_name="pipeline")
 
 
 def cut(tree, microbatches):

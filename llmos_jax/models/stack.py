@@ -78,7 +78,7 @@ class Stack(nnx.Module):
         return lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, first + jnp.arange(count)))[0]
 
     def bind(self, layers):
-        """Returns the blocks in their order as modules with the parameters of `layers` (see `unstack`): how a model is served."""
+        """Returns the blocks in order as modules with the parameters of `layers` (see `unstack`): how a model is served."""
         graphdef = nnx.graphdef(self.blocks)
         stored_at = {layer: position for position, layer in enumerate(self.order)}
         return [nnx.merge(graphdef, layers[stored_at[layer]]) for layer in range(self.count)]
