@@ -28,6 +28,11 @@ class MeshConfig:
         choices=("replicated", "zero1", "fsdp"),
     )
     is_sequence_sharded: bool = setting(True, help="norms and residuals sharded by position over the model axis")
+    context_attention: str = setting(
+        "ring",
+        help="over the context axis: keys and values travel from device to device (ring), or are gathered by all",
+        choices=("ring", "all_gather"),
+    )
     rules: dict[str, tuple[str, ...]] = setting({}, help="logical axis -> mesh axes, over the rules of `parameters`")
 
     def __post_init__(self):
