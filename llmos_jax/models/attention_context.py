@@ -305,9 +305,9 @@ def _over_shards(work, visit, carry, block):
     """
     form = work.form
     if not form.is_ring:
-        # Tiled, with a dimension of one: under vmap JAX 0.10 returns other shapes for the form that drops the dimension.
-        blocks = jax.tree.map(lambda x: lax.all_gather(x[None], form.axes, tiled=True), block)
+        blocks = jax.tree.map(lambda x: lax.all_gather(x, form.axes), block)
         carry, parts = lax.scan(lambda carry, x: visit(carry, *x), carry, (blocks, jnp.arange(form.shards)))
+        # Tiled: under vmap, JAX 0.10 returns a wrong shape for the form that drops the scattered dimension.
         return carry, jax.tree.map(lambda x: lax.psum_scatter(x, form.axes, tiled=True)[0], parts)
     carry, sums = visit(carry, block, work.shard)
     for direction, hops in routes(form.shards, work.query_chunk, form.window):
