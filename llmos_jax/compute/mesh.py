@@ -36,6 +36,11 @@ class MeshConfig:
     )
     pipeline_microbatches: int = setting(0, help="slices of a batch that follow each other; 0: twice the stages", at_least=0)
     pipeline_repeats: int = setting(1, help="blocks of layers per stage (circular; 1f1b: interleaved)", at_least=1)
+    context_attention: str = setting(
+        "ring",
+        help="over the context axis: keys and values travel from device to device (ring), or are gathered by all",
+        choices=("ring", "all_gather"),
+    )
     rules: dict[str, tuple[str, ...]] = setting({}, help="logical axis -> mesh axes, over the rules of `parameters`")
 
     def __post_init__(self):

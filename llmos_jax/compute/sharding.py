@@ -44,12 +44,14 @@ class Placement:
 
     optimizer_rules: the rules of what only the update reads (moments, averaged weights); ZeRO-1 shards these alone.
     pipeline: the schedule, where the mesh has stages.
+    context_attention: how attention reads rows whose length is sharded, "ring" or "all_gather".
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     optimizer_rules: tuple[tuple[str, tuple[str, ...]], ...]
     pipeline: Plan | None = None
+    context_attention: str = "ring"
 
     @functools.cached_property
     def _table(self):
@@ -95,10 +97,31 @@ class Placement:
         whole = [axis if size % self.axis_size(axis) == 0 else None for size, axis in zip(x.shape, axes, strict=True)]
         return jax.lax.with_sharding_constraint(x, self.sharding(*whole))
 
+    def length_order(self, length):
+        """Returns which position of a row lies at each index of a sharded length, int [length]; None: in their order.
+
+        Whatever a model is fed with by position (`tasks.base.make_batch` lays it out) has this order: attention masks by it.
+        """
+        shards = self.axis_size("length")
+        if shards == 1:
+            return None
+        if length % (2 * shards):
+            raise ConfigError(f"a length of {length} can't be cut into 2 chunks for each of {shards} shards.")
+        chunks = [chunk for shard in range(shards) for chunk in chunks_of_shard(shard, shards)]
+        return np.arange(length).reshape(2 * shards, -1)[chunks].reshape(-1)
+
     @functools.cached_property
     def for_optimizer(self):
         """The placement of what only the update reads: this one, but for ZeRO-1."""
         return dataclasses.replace(self, rules=self.optimizer_rules)
+
+
+def chunks_of_shard(shard, shards):
+    """Returns which two of the 2 x `shards` chunks of a row a shard of its length holds: an early one, a late one.
+
+    A causal mask shows little to the early one and much to its partner: every shard has the same work.
+    """
+    return shard, 2 * shards - 1 - shard
 
 
 def make_placement(config=None, devices=None):
@@ -122,7 +145,7 @@ def make_placement(config=None, devices=None):
         plan = make_plan(
             config.pipeline_schedule, mesh.shape["pipeline"], config.pipeline_repeats, config.pipeline_microbatches
         )
-    return Placement(mesh, _frozen(rules), _frozen(optimizer_rules), plan)
+    return Placement(mesh, _frozen(rules), _frozen(optimizer_rules), plan, config.context_attention)
 
 
 def _frozen(rules):

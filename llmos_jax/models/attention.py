@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from llmos_jax.errors import ConfigError
+from llmos_jax.models.attention_context import context_attention
 from llmos_jax.models.attention_cpu import HIDDEN, blocked_attention
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "xla", "cudnn", "splash")
@@ -45,13 +46,16 @@ def attend(
     (`jax.nn.dot_product_attention`), "cudnn" (flash attention, NVIDIA), "splash" (Pallas, TPU), or "auto": blocked on
     CPU, cudnn on GPU and splash on TPU where they support the call, else xla. With segments cudnn reads the mask as a
     [B, 1, L, L] bias. `placement` gives `.platform`, `.mesh` and `.spec(*logical axes)`; None is one device of JAX's
-    default platform. Raises ConfigError on shapes that do not fit and on a kernel asked for by name that does not
-    support the call.
+    default platform. Where it shards the length, "auto" is `attention_context.context_attention`, positions lie in
+    `placement.length_order`, and no kernel can be asked for by name. Raises ConfigError on shapes that do not fit and on
+    a kernel asked for by name that does not support the call.
     """
     call = _Call.of(query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement)
     kernel = _choose(implementation, call)
     scale = float(1 / np.sqrt(call.head_size) if scale is None else scale)
     masks = {"segments_BL": segments_BL, "is_causal": is_causal, "window": window, "scale": scale}
+    if kernel == "context":
+        return context_attention(query_BLHK, key_BMGK, value_BMGK, placement=placement, **masks)
     if kernel == "splash":
         return _splash(query_BLHK, key_BMGK, value_BMGK, placement=placement, **masks)
     return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks)
@@ -97,6 +101,7 @@ class _Call:
     window: int | None
     platform: str
     compute_capability: str | None
+    length_shards: int
 
     @classmethod
     def of(cls, query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement):
@@ -128,6 +133,7 @@ class _Call:
             window=window,
             platform=placement.platform if placement is not None else jax.default_backend(),
             compute_capability=getattr(device, "compute_capability", None),
+            length_shards=1 if placement is None or placement.mesh is None else placement.axis_size("length"),
         )
 
 
@@ -142,6 +148,8 @@ def _choose(implementation, call):
     if implementation not in IMPLEMENTATIONS:
         raise ConfigError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "auto":
+        if call.length_shards > 1:
+            return "context"
         candidates = _PREFERRED.get(call.platform, ("xla",))
         return next((name for name in candidates if _refusal(name, call) is None), candidates[-1])
     refusal = _refusal(implementation, call)
@@ -152,6 +160,8 @@ def _choose(implementation, call):
 
 def _refusal(name, call):
     """Returns why the kernel can't run this call, as the rest of a sentence, or None when it can."""
+    if call.length_shards > 1:
+        return f"reads whole rows, and their length is cut over the {call.length_shards} shards of the context axis"
     if name == "cudnn":
         return _cudnn_refusal(call)
     if name == "splash":

@@ -160,7 +160,10 @@ class GPT(nnx.Module):
         return _residual(self.placement, x_BLD.astype(self.dtype))
 
     def hidden(self, tokens_BL, positions_BL, segments_BL=None, key=None):
-        """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on."""
+        """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on.
+
+        Where the placement shards the length, rows are given and returned in `placement.length_order`.
+        """
         x_BLD = dropout(self.embed(tokens_BL, positions_BL), self.config.dropout, fold_key(key, self.config.layers))
         x_BLD = self.norm(self.stack(x_BLD, segments_BL, key))
         return self.placement.constrain(x_BLD, "batch", "length", None)

@@ -70,13 +70,20 @@ class Task:
 
 
 def make_batch(task, placement, rows, index):
-    """Returns the global batch `index` on the devices; each process reads only the rows that its devices hold."""
+    """Returns the global batch `index` on the devices; each process reads only the rows that its devices hold.
+
+    Where the length is sharded, every field lies along it in `placement.length_order`, which attention expects.
+    """
     read = {}
 
     def field_rows(name, start, stop):
         if (start, stop) not in read:
             read[start, stop] = rows(index, start, stop)
-        return read[start, stop][name]
+        values, field = read[start, stop][name], task.fields[name]
+        for dimension, axis in enumerate(field.axes):
+            order = placement.length_order(values.shape[dimension]) if axis == "length" else None
+            values = values if order is None else values.take(order, dimension)
+        return values
 
     return {
         name: global_array(

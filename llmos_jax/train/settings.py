@@ -7,6 +7,7 @@ from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.config import setting
 from llmos_jax.data.prepare import DataConfig
 from llmos_jax.errors import ConfigError
+from llmos_jax.models.attention_context import check_length
 from llmos_jax.train.checkpoint import CheckpointConfig
 from llmos_jax.train.optim import OptimConfig
 
@@ -55,7 +56,7 @@ IDENTITY = ("name", "seed", "model", "task", "data", "optim")
 
 
 def check_batch(settings, placement):
-    """Raises ConfigError when the batch can't be cut into data shards x microbatches (x those of the pipeline)."""
+    """Raises ConfigError when the batch can't be cut: rows into data shards x microbatches, length into its shards."""
     shards, train, plan = placement.axis_size("batch"), settings.train, placement.pipeline
     multiple, parts = shards * train.microbatches, f"{shards} data shards x train.microbatches={train.microbatches}"
     if plan is not None:
@@ -64,4 +65,14 @@ def check_batch(settings, placement):
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not divisible by {parts}; the next size that is: "
             f"{-(-train.batch_size // multiple) * multiple}."
+        )
+    length, shards = settings.data.length, placement.axis_size("length")
+    if shards > 1:
+        check_length(length, shards, "data.length")
+    shards = placement.axis_size("residual_length")
+    if length % shards:
+        raise ConfigError(
+            f"data.length={length} is not divisible by the {shards} shards of mesh axis "
+            f"{' x '.join(placement.mesh_axes('residual_length'))}; the next length that is: {-(-length // shards) * shards}, "
+            f"or set mesh.is_sequence_sharded=false."
         )

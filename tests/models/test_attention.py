@@ -226,7 +226,7 @@ def test_kernels_asked_for_by_name_refuse_and_auto_takes_another(implementation,
 )
 def test_cudnn_depends_on_the_gpu(capability, reason):
     mesh = types.SimpleNamespace(devices=np.array([types.SimpleNamespace(compute_capability=capability)]))
-    placement = types.SimpleNamespace(platform="gpu", mesh=mesh)
+    placement = types.SimpleNamespace(platform="gpu", mesh=mesh, axis_size=lambda axis: 1)
     query, key, value, _ = inputs(8, size=256, dtype=jnp.bfloat16)
     shapes = jax.eval_shape(lambda: attend(query, key, value, placement=placement, implementation="xla"))
     assert shapes.shape == query.shape

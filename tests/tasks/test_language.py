@@ -33,16 +33,17 @@ def task(tmp_path_factory):
     return language.build(language.Config(), model=MODEL, data=data, batch_size=8, seed=0, log=lambda line: None)
 
 
-def test_evaluation_is_the_sum_over_single_records(task):
+@pytest.mark.parametrize("mesh", [dict(data=4, model=2), dict(data=2, context=4)], ids=str)
+def test_evaluation_is_the_sum_over_single_records(task, mesh):
     """Padding of the last batch, sharding and batching change nothing: every byte of validation text counts once."""
-    placement = make_placement(MeshConfig(data=4, model=2))
-    handle = describe_model(functools.partial(gpt.build, task.model_config, placement), placement)
+    placement, single = make_placement(MeshConfig(**mesh)), make_placement(devices=jax.devices()[:1])
+    handle, plain = (describe_model(functools.partial(gpt.build, task.model_config, p), p) for p in (placement, single))
     params = jax.jit(handle.init, out_shardings=handle.shardings)(jax.random.key(0))
     polls = []
     metrics = make_evaluator(task, handle, placement)(params, lambda: polls.append(1))
     (spec,) = task.evaluations
     nll = tokens = text_bytes = 0.0
-    model = handle.merge(jax.tree.map(np.asarray, params))
+    model = plain.merge(jax.tree.map(np.asarray, params))
     for index in range(spec.batches):
         batch = spec.rows(index, 0, 8)
         hidden = model.hidden(batch["tokens"], batch["positions"], batch["segments"])
@@ -69,6 +70,17 @@ def test_batches_have_the_fields_that_are_promised(task):
     expected = task.rows(0, 0, 8)
     for name, values in expected.items():
         np.testing.assert_array_equal(batch[name], values)
+
+
+def test_a_sharded_length_lies_in_chunks_from_both_ends(task):
+    placement = make_placement(MeshConfig(data=4, context=2))
+    batch, expected = make_batch(task, placement, task.rows, 0), task.rows(0, 0, 8)
+    order = [*range(8), *range(24, 32), *range(8, 16), *range(16, 24)]
+    assert {name for name, field in task.fields.items() if "length" in field.axes} >= {"tokens", "segments", "positions"}
+    for name, field in task.fields.items():
+        in_order = expected[name][:, order] if "length" in field.axes else expected[name]
+        np.testing.assert_array_equal(batch[name], in_order)
+        assert batch[name].sharding == placement.sharding(*field.axes)
 
 
 def test_the_vocabulary_is_fitted_and_the_yardstick_is_there(task):

@@ -240,6 +240,12 @@ def test_training_by_the_clock_ends_in_time_and_goes_on_where_it_was(tmp_path):
 def test_batches_that_do_not_divide_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="batch_size=12 is not divisible by 8 data shards.*the next size that is: 16"):
         api.run_training(settings_for(train__batch_size=12), tmp_path / "run")
+    for mesh, message in (
+        ({"mesh__context": 4}, "data.length of 100 can't be cut into 2 chunks for each of the 4 shards.*: 104"),
+        ({"mesh__model": 8}, "data.length=100 is not divisible by the 8 shards of mesh axis context x model.*: 104, or set"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            api.run_training(settings_for(data__length=100, model__context=128, model__heads=8, **mesh), tmp_path / "length")
     with pytest.raises(ConfigError, match="train.microbatches=3"):
         settings_for(train__microbatches=3)
     with pytest.raises(ConfigError, match="model.context=32 is shorter than .*data.length=64"):

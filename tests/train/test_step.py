@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError, TrainingDiverged
 from llmos_jax.models import gpt
-from llmos_jax.tasks import language
+from llmos_jax.tasks import base, language
 from llmos_jax.train import guard, optim, state, step
 
 MODEL = gpt.Config(vocab_size=128, context=32, width=64, layers=2, heads=8, mlp=128)
@@ -40,10 +41,18 @@ class Trainer:
     def run(self, batches):
         losses = []
         for batch in batches:
-            placed = {k: jax.device_put(v, self.placement.sharding("batch")) for k, v in batch.items()}
-            self.state, self.metrics = self.step(self.state, placed, jnp.float32(0))
+            self.state, self.metrics = self.step(self.state, self.place(batch), jnp.float32(0))
             losses.append(float(self.metrics["train/loss"]))
         return losses
+
+    def place(self, batch):
+        def axes(x):
+            return ("batch", "length")[: x.ndim]
+
+        fields = {name: base.Field(x.dtype, x.shape[1:], axes(x)) for name, x in batch.items()}
+        task = types.SimpleNamespace(fields=fields, batch_size=ROWS)
+        rows = lambda index, start, stop: {name: x[start:stop] for name, x in batch.items()}  # noqa: E731
+        return base.make_batch(task, self.placement, rows, 0)
 
     def params(self):
         return jax.tree.map(np.asarray, state.in_canonical_order(self.state.params, self.handle))
@@ -121,6 +130,10 @@ def single():
         dict(data=4, model=2, parameters="zero1"),
         dict(data=2, model=4, is_sequence_sharded=False),
         dict(replica=2, data=2, model=2, parameters="fsdp"),
+        dict(data=2, context=4),
+        dict(data=2, context=2, model=2, parameters="fsdp"),
+        dict(data=2, context=4, parameters="zero1", context_attention="all_gather"),
+        dict(data=2, context=2, model=2, parameters="fsdp", context_attention="all_gather"),
     ],
     ids=str,
 )
@@ -133,7 +146,7 @@ def test_mesh_shapes_give_the_same_numbers(mesh, single):
     def shards(leaf):
         return leaf.size // leaf.addressable_shards[0].data.size
 
-    over_data, form = mesh["data"], mesh.get("parameters", "replicated")
+    over_data, form = mesh["data"] * mesh.get("context", 1), mesh.get("parameters", "replicated")
     assert shards(sharded.state.params["stack"]["blocks"]["up"]["weight"]) == mesh.get("model", 1) * (
         over_data if form == "fsdp" else 1
     )
@@ -147,7 +160,7 @@ def test_residuals_are_sharded_by_position_between_blocks():
     gathers = {}
     for is_sharded in (True, False):
         trainer = Trainer(mesh=MeshConfig(data=2, model=4, is_sequence_sharded=is_sharded))
-        batch = {k: jax.device_put(v, trainer.placement.sharding("batch")) for k, v in make_batches(1)[0].items()}
+        batch = trainer.place(make_batches(1)[0])
         text = trainer.step.lower(trainer.state, batch, jnp.float32(0)).compile().as_text()
         gathers[is_sharded] = text.count(" all-gather(")
     assert gathers[True] > 0 and gathers[False] == 0
