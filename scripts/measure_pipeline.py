@@ -84,8 +84,6 @@ def main():
             ),
             flush=True,
         )
-        if os.environ.get("LLMOS_DUMP"):
-            open(os.environ["LLMOS_DUMP"], "w").write(compiled.as_text())
 
 
 if __name__ == "__main__":
