@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from llmos_jax.compute.distributed import DistributedConfig
 from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.watchdog import WatchdogConfig
 from llmos_jax.config import setting
 from llmos_jax.data.prepare import DataConfig
 from llmos_jax.errors import ConfigError
@@ -48,6 +50,8 @@ class Settings:
     optim: OptimConfig = setting(OptimConfig(), help="optimizer")
     train: TrainConfig = setting(TrainConfig(), help="length and rhythm")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), help="what is saved when")
+    distributed: DistributedConfig = setting(DistributedConfig(), help="processes")
+    watchdog: WatchdogConfig = setting(WatchdogConfig(), help="limits on phases without progress")
 
 
 # A run directory belongs to what these decide; the rest (mesh, rhythm, checkpoints) may change when a run continues.
