@@ -1,6 +1,7 @@
 """Runs llmos as a gang of processes on this host, and keeps it running: the local launcher with its supervisor.
 
     python scripts/launch.py --processes=2 -- --config=experiments/gpt.py:smoke --workdir=runs/smoke
+    python scripts/launch.py --through="srun --wait=60" -- --config=...    (a cluster's launcher starts the processes)
 
 What follows `--` is llmos's own command line. When a process ends badly the rest is stopped (a frozen one by SIGKILL) and all
 are started again on a new port, from the last checkpoint: at once after a preemption (exit code 42) or when the run came
@@ -15,6 +16,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -30,12 +32,12 @@ _LONGEST_PAUSE_SECONDS = 60.0
 
 @dataclasses.dataclass
 class Child:
-    """One process of the gang. error: the last error that it reported, as `errors.describe` has it."""
+    """One process of the gang (or a launcher of many). errors: what was reported, as `errors.describe` has it."""
 
     number: int
     process: subprocess.Popen
     reader: threading.Thread | None = None
-    error: dict | None = None
+    errors: list[dict] = dataclasses.field(default_factory=list)
 
 
 class Gang:
@@ -67,20 +69,21 @@ class Gang:
     def _read(self, child):
         for line in child.process.stderr:
             if line.startswith('{"class"'):
-                child.error = json.loads(line)
+                child.errors.append(json.loads(line))
             else:
                 print(line if child.number == 0 else f"[{child.number}] {line}", end="", file=sys.stderr, flush=True)
 
     def wait(self, stop, grace_seconds):
         """Returns the exit codes of all; after the first bad one, or a stop, the rest has `grace_seconds` to leave."""
-        codes, deadline, is_told = {}, None, False
+        codes, deadline, is_told, first = {}, None, False, None
         while len(codes) < len(self.children):
             for child in self.children:
                 code = child.process.poll()
                 if code is None or child.number in codes:
                     continue
                 codes[child.number] = code
-                say(f"process {child.number} ended with {code}")
+                first = first or time.monotonic()
+                say(f"process {child.number} ended with {code}, {time.monotonic() - first:.1f} s after the first")
                 if code != errors.EXIT_DONE:
                     deadline = deadline or time.monotonic() + grace_seconds
             if stop.is_set() and not is_told:
@@ -101,7 +104,7 @@ class Gang:
 
     def last_error(self, codes):
         """Returns one line: the error of the process that most likely began it."""
-        reported = [child.error for child in self.children if child.error]
+        reported = [error for child in self.children for error in child.errors]
         # Who lost a peer is not the cause; who died of a signal reported nothing.
         reported.sort(key=lambda error: error["class"] == "PeerLost")
         killed = [f"process {number} was killed by signal {-code}" for number, code in enumerate(codes) if code < 0]
@@ -180,6 +183,7 @@ def main():
     """Parses the command line, supervises, and returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--through", default="", help="command that starts llmos on all hosts, and ends with its exit code")
     parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
     parser.add_argument("--restarts", type=int, default=3, help="restarts without a new step before it gives up")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds before the first such restart, then doubled")
@@ -189,7 +193,7 @@ def main():
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    command = [sys.executable, "-m", "llmos_jax.main", *args.words]
+    command = [*shlex.split(args.through), sys.executable, "-m", "llmos_jax.main", *args.words]
     return supervise(command, run_directory(args.words), args, stop)
 
 

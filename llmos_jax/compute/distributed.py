@@ -41,7 +41,8 @@ _PEER_ERRORS = re.compile(
     r"deadline_exceeded|aborted|all-?reduce|all-?gather|collective",
     re.IGNORECASE,
 )
-_counts = {}
+# The runtime's state, once `start` has run, and how often each agreement was asked for.
+_runtime, _counts = {}, {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,17 +64,17 @@ class DistributedConfig:
 
 def count():
     """Returns how many processes the run has; 1 when `start` found no others."""
-    return _state().num_processes or 1 if "jax" in sys.modules else 1
+    return _runtime["state"].num_processes if _runtime else 1
 
 
 def index():
     """Returns which process this is, from 0."""
-    return _state().process_id or 0 if "jax" in sys.modules else 0
+    return _runtime["state"].process_id if _runtime else 0
 
 
 def client():
     """Returns the coordination service's client, or None in a run of one process."""
-    return _state().client if "jax" in sys.modules else None
+    return _runtime["state"].client if _runtime else None
 
 
 def start(config, environ=os.environ):
@@ -85,6 +86,7 @@ def start(config, environ=os.environ):
     import jax
 
     if jax.distributed.is_initialized():
+        _adopt_runtime()
         return count() > 1
     found = find_processes(config, environ)
     if found is None:
@@ -110,6 +112,8 @@ def start(config, environ=os.environ):
             shutdown_timeout_seconds=60,
             coordinator_bind_address=found.bind_address,
         )
+    _adopt_runtime()
+    host.on_abort(_end_after_abort)
     return count() > 1
 
 
@@ -275,20 +279,26 @@ def report(error):
         print(json.dumps(errors.describe(error, process=index())), file=sys.stderr, flush=True)
 
 
-def _state():
-    # The one use of a private name: JAX publishes no way to its key-value store (Orbax reaches for it in the same way).
-    from jax._src.distributed import global_state
-
-    return global_state
-
-
 def start_preemption_service():
     """Has JAX take SIGTERM, and agree with the other processes on the point at which all stop."""
-    if count() > 1 and _state().preemption_sync_manager is None:
+    if count() > 1 and _runtime["state"].preemption_sync_manager is None:
         import jax
 
         jax.config.update("jax_enable_preemption_service", True)
-        _state().initialize_preemption_sync_manager()
+        _runtime["state"].initialize_preemption_sync_manager()
+
+
+def _adopt_runtime():
+    # The one use of a private name: JAX publishes no way to its key-value store (Orbax reaches for it in the same way).
+    from jax._src.distributed import global_state
+
+    _runtime["state"] = global_state
+
+
+def _end_after_abort():
+    """JAX aborts a process whose coordinator is gone, whichever of its threads notices first: that is a lost peer, too."""
+    report(PeerLost("native code has aborted this process (see above): another process of this run is gone, most likely"))
+    host.end_process(errors.EXIT_RETRYABLE)
 
 
 def _place(name):

@@ -13,6 +13,7 @@ import threading
 
 # prctl's option (linux/prctl.h).
 _PR_SET_PDEATHSIG = 1
+_HANDLERS = []  # native code holds no reference to what it calls
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -147,6 +148,16 @@ def _flush():
         with contextlib.suppress(OSError, ValueError):  # its reader is gone
             stream.flush()
     logging.shutdown()
+
+
+def on_abort(function):
+    """Has `function()` called, which must end the process, when native code aborts it (SIGABRT).
+
+    A handler of Python's own would never run: abort does not return to the interpreter. One that is laid below it does,
+    on the thread that aborts, as soon as that gets the interpreter's lock.
+    """
+    _HANDLERS.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: function()))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _HANDLERS[-1])
 
 
 def end_with_parent():

@@ -93,14 +93,18 @@ class Watchdog:
             thread.start()
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, *_):
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=1.0)
+            thread.join(timeout=1.0 if kind is None else 0.2)  # its last words may have nobody left to hear them
 
     def _watch(self):
         while not self._stop.wait(min(1.0, self._config.floor_seconds / 10, self._silence / 10)):
-            error = self._overdue() or self._silent()
+            try:
+                error = self._overdue() or self._silent()
+            except Exception as problem:  # a watchdog that dies leaves nobody to notice
+                logging.error("watchdog: %s: %s", type(problem).__name__, problem)
+                continue
             if error is not None and not self._stop.is_set():
                 self._dump_stacks(error)
                 self._end(error)

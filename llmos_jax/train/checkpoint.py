@@ -148,7 +148,7 @@ class Checkpointer:
 
     def abandon(self):
         """Lets go of a running save without waiting for it: what it has written so far is removed at the next start."""
-        self._engine, self._reader, self._pending = None, None, None
+        self._abandoned, self._engine, self._reader, self._pending = self._engine, None, None, None
 
     def restore(self, step, abstract):
         """Returns (tree, metadata) of `step` placed as `abstract` (ShapeDtypeStructs with shardings) says.

@@ -25,6 +25,7 @@ from llmos_jax.train import guard, optim
 from llmos_jax.train import state as states
 from llmos_jax.train.checkpoint import Checkpointer
 from llmos_jax.train.clock import READING, SharedClock, with_reading
+from llmos_jax.train.fingerprint import ReplicaCheck
 from llmos_jax.train.metrics import MetricsWriter, Progress, ThroughputMeter, TimeAccount
 from llmos_jax.train.preemption import Preemption
 from llmos_jax.train.settings import check_batch
@@ -151,6 +152,8 @@ def _train(run, evaluate, sample, initial_params, launched):
     # ---- State: the newest checkpoint that verifies, else a warm start, else fresh.
     with account.spend("restore"):
         state, position = _restore_or_init(run, initial_params)
+        # The first collective connects the processes, and gives up on one that compiles much longer than the others.
+        distributed.barrier("ready")
     run.preemption.begin()
     host.return_free_memory()  # what compilation left, before the first step takes its temporaries
     logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
@@ -166,6 +169,8 @@ def _train(run, evaluate, sample, initial_params, launched):
     leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
     batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
     profile = _Profile(config.profile_steps, run.directory)
+    is_compared = config.compare_replicas_every_steps is not None
+    replicas = ReplicaCheck(states.to_tree(_abstract(run)), run.placement.mesh) if is_compared else None
     pending = []
     run.started, stepped = time.perf_counter(), account.totals()["step"]
 
@@ -208,6 +213,11 @@ def _train(run, evaluate, sample, initial_params, launched):
         for text in texts:
             progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
 
+    def compare_replicas(is_due):
+        if replicas is not None and is_due:
+            with account.spend("step"):
+                replicas(states.to_tree(state))
+
     try:
         while not run.is_over(position):
             watchdog.step = position
@@ -220,7 +230,9 @@ def _train(run, evaluate, sample, initial_params, launched):
                 evaluate_state()
             if _is_due(config.sample_every_steps, position):
                 sample_state()
-            if run.checkpointer.should_save(position, is_time_due=run.clock.is_save_due):
+            is_saved = run.checkpointer.should_save(position, is_time_due=run.clock.is_save_due)
+            compare_replicas(is_saved or _is_due(config.compare_replicas_every_steps, position))
+            if is_saved:
                 flush(pending)  # what is saved is also written: a kill after this save loses no line of metrics
                 pending = []
                 with account.spend("save_block"):
@@ -252,6 +264,7 @@ def _train(run, evaluate, sample, initial_params, launched):
         pending = []
         evaluate_state()
         sample_state()
+        compare_replicas(True)
         with account.spend("save_block"):
             _save(run, state, position)
     except Preempted:

@@ -24,6 +24,9 @@ class TrainConfig:
     log_every_steps: int = setting(10, help="steps between reads of the device's metrics", at_least=1)
     evaluate_every_steps: int | None = setting(None, help="steps between evaluations; none: only at the end", at_least=1)
     sample_every_steps: int | None = setting(None, help="steps between samples; none: only at the end", at_least=1)
+    compare_replicas_every_steps: int | None = setting(
+        None, help="steps between comparisons of the devices' copies of the state, also before saves; none: never", at_least=1
+    )
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
     init_from: str | None = setting(None, help="run directory whose parameters are the start")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
