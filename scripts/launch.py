@@ -59,6 +59,7 @@ class Gang:
         if devices:
             others = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES_FLAG)]
             environment["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES_FLAG}={devices}"])
+            environment["JAX_LOCAL_DEVICE_IDS"] = ",".join(map(str, range(number * devices, (number + 1) * devices)))
         # A session of its own: Ctrl-C reaches the supervisor alone, which passes it on.
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
         child = Child(number, process)
@@ -184,7 +185,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--through", default="", help="command that starts llmos on all hosts, and ends with its exit code")
-    parser.add_argument("--devices", type=int, help="virtual CPU devices of each process")
+    parser.add_argument("--devices", type=int, help="devices of each process: virtual ones on CPU, attached GPUs")
     parser.add_argument("--restarts", type=int, default=3, help="restarts without a new step before it gives up")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds before the first such restart, then doubled")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for the rest to leave after a bad exit")

@@ -281,11 +281,16 @@ def report(error):
 
 def start_preemption_service():
     """Has JAX take SIGTERM, and agree with the other processes on the point at which all stop."""
-    if count() > 1 and _runtime["state"].preemption_sync_manager is None:
-        import jax
+    if count() == 1:
+        return
+    import jax
 
-        jax.config.update("jax_enable_preemption_service", True)
-        _runtime["state"].initialize_preemption_sync_manager()
+    state = _runtime["state"]
+    if state.preemption_sync_manager is not None:  # of an earlier run in this process, whose handler is gone
+        state.preemption_sync_manager.shutdown()
+        state.preemption_sync_manager = None
+    jax.config.update("jax_enable_preemption_service", True)
+    state.initialize_preemption_sync_manager()
 
 
 def _adopt_runtime():

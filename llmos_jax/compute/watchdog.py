@@ -33,6 +33,7 @@ class WatchdogConfig:
 
     is_on: bool = setting(True, help="end a process that makes no progress (never that of a notebook)")
     floor_seconds: float = setting(300.0, help="least limit of a training step", above=0.0)
+    first_step_seconds: float = setting(1800.0, help="least limit of the first steps: they connect processes", above=0.0)
     steps: float = setting(10.0, help="limit of a training step, in median steps, where that is longer", above=1.0)
     compile_seconds: float = setting(7200.0, help="limit of a compilation", above=0.0)
     restore_seconds: float = setting(3600.0, help="limit of a restore", above=0.0)
@@ -54,7 +55,7 @@ class Watchdog:
         self._marks, self._phase, self._since, self.step = 0, "init", time.monotonic(), None
         self._durations, self._in_flight = deque(maxlen=_STEPS_REMEMBERED), 1
         self._stop, self._answered, self._heard = threading.Event(), time.monotonic(), {}
-        self._threads = []
+        self._threads, self._last_phase = [], "left"
 
     def mark(self, phase=None):
         """Notes that the run makes progress, and into which phase it goes (none: it stays in the last one)."""
@@ -70,8 +71,9 @@ class Watchdog:
         """Returns the limit of a phase, or None for one that may take any time."""
         config = self._config
         if phase in ("step", "idle"):
-            median = statistics.median(self._durations) if self._durations else 0.0
-            return max(config.floor_seconds, config.steps * median * self._in_flight)
+            if not self._durations:
+                return max(config.floor_seconds, config.first_step_seconds)
+            return max(config.floor_seconds, config.steps * statistics.median(self._durations) * self._in_flight)
         limits = {
             "compile": config.compile_seconds,
             "restore": config.restore_seconds,
@@ -94,6 +96,7 @@ class Watchdog:
         return self
 
     def __exit__(self, kind, *_):
+        self._last_phase = "left" if kind is None else "stopped"
         self._stop.set()
         for thread in self._threads:
             thread.join(timeout=1.0 if kind is None else 0.2)  # its last words may have nobody left to hear them
@@ -138,7 +141,7 @@ class Watchdog:
             number += 1
             content = {
                 "beat": number, "host": socket.gethostname(), "pid": os.getpid(), "marks": self._marks,
-                "phase": "left" if is_last else self._phase, "step": self.step,
+                "phase": self._last_phase if is_last else self._phase, "step": self.step,
             }  # fmt: skip
             try:
                 store.key_value_set(f"{_BEATS}/{distributed.index():06d}", json.dumps(content), allow_overwrite=True)

@@ -32,7 +32,7 @@ class Preemption:
 
     def __exit__(self, *_):
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: one that native code installed
         self._previous = {}
 
     def begin(self):

@@ -219,7 +219,7 @@ def test_a_directory_in_use_is_refused_by_all(tmp_path):
 
 def watch(tmp_path, *, seconds=0.2, **limits):
     ends = []
-    config = WatchdogConfig(floor_seconds=0.3, **limits)
+    config = WatchdogConfig(floor_seconds=0.3, first_step_seconds=0.3, **limits)
     with Watchdog(config, tmp_path / "log.txt", end=ends.append) as watchdog:
         yield watchdog
         deadline = time.monotonic() + seconds
@@ -245,7 +245,7 @@ def test_phases_have_limits_of_their_own(tmp_path):
     next(watching).mark("compile")
     assert next(watching) == []
     watchdog = Watchdog(WatchdogConfig(floor_seconds=5.0, steps=10.0), tmp_path / "log.txt")
-    assert watchdog.limit_seconds("step") == 5.0 and watchdog.limit_seconds("init") is None
+    assert watchdog.limit_seconds("step") == WatchdogConfig().first_step_seconds and watchdog.limit_seconds("init") is None
     for _ in range(3):
         watchdog.measured(8.0, steps=4)  # 2 s a step, 4 of them waited for at once
     assert watchdog.limit_seconds("step") == 10 * 2.0 * 4
