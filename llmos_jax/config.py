@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -161,6 +162,11 @@ def differences(old, new, path=""):
             lines += differences(old.get(key), new.get(key), _join(path, key))
         return lines
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def library_versions(names):
+    """Returns {distribution name: version} of installed libraries."""
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def attribute(module, name):

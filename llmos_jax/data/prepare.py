@@ -73,7 +73,7 @@ def prepare(config, *, log=print):
     raw = [source for source, folder in zip(config.sources, folders, strict=True) if folder is None]
     prepared = [folder for folder in folders if folder is not None]
     tokenizer = _shared_tokenizer(config, prepared) if prepared else None
-    cache = _cache_directory(config)
+    cache = records_directory(config)
     inputs = [_Input(source, cache) for source in raw]
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs, cache, log)
@@ -139,7 +139,8 @@ class _Input:
         return content
 
 
-def _cache_directory(config):
+def records_directory(config):
+    """Returns the folder that prepared records are kept in, made if it is missing; ConfigError when it can't be used."""
     if not config.cache_dir:
         return host.cache_directory("data")
     cache = pathlib.Path(config.cache_dir).expanduser()

@@ -25,6 +25,11 @@ _MAY_CHANGE = (
 )
 
 
+def log_file(process):
+    """Returns the name of a process's log: log.txt for the first, log-3.txt for number 3."""
+    return LOG_FILE if process == 0 else f"log-{process}.txt"
+
+
 def prepare_directory(directory):
     """Returns `directory` as a Path, made if missing; RunDirectoryError when it can't be a directory or be written."""
     directory = pathlib.Path(directory)

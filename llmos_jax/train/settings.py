@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from llmos_jax.compute.distributed import DistributedConfig
 from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.watchdog import WatchdogConfig
 from llmos_jax.config import setting
 from llmos_jax.data.prepare import DataConfig
 from llmos_jax.errors import ConfigError
@@ -23,6 +25,9 @@ class TrainConfig:
     log_every_steps: int = setting(10, help="steps between reads of the device's metrics", at_least=1)
     evaluate_every_steps: int | None = setting(None, help="steps between evaluations; none: only at the end", at_least=1)
     sample_every_steps: int | None = setting(None, help="steps between samples; none: only at the end", at_least=1)
+    compare_replicas_every_steps: int | None = setting(
+        None, help="steps between comparisons of the devices' copies of the state, also before saves; none: never", at_least=1
+    )
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
     init_from: str | None = setting(None, help="run directory whose parameters are the start")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
@@ -49,6 +54,8 @@ class Settings:
     optim: OptimConfig = setting(OptimConfig(), help="optimizer")
     train: TrainConfig = setting(TrainConfig(), help="length and rhythm")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), help="what is saved when")
+    distributed: DistributedConfig = setting(DistributedConfig(), help="processes")
+    watchdog: WatchdogConfig = setting(WatchdogConfig(), help="limits on phases without progress")
 
 
 # A run directory belongs to what these decide; the rest (mesh, rhythm, checkpoints) may change when a run continues.
