@@ -264,7 +264,7 @@ def _warm_start(settings, artifacts, abstract):
     for name, text in artifacts.items():
         if not (source / name).is_file() or (source / name).read_text("utf-8") != text:
             raise DataIdentityMismatch(
-                f"train.init_from={source} has another {name} than this run: take the same data.tokenizer and data, or another run."
+                f"train.init_from={source} has another {name} than this run: take the same data.tokenizer, or another run."
             )
     logging.info("warm start from %s", source)
     return _restore_params(source, abstract, key="params" if saved["optim"]["ema"] is None else "ema")

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 
 from llmos_jax import api
-from llmos_jax.errors import ConfigError, DeviceMemoryError, Preempted, RunDirectoryError, TrainingDiverged
+from llmos_jax.compute import host
+from llmos_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataIdentityMismatch,
+    DeviceMemoryError,
+    Preempted,
+    RunDirectoryError,
+    TrainingDiverged,
+)
 from llmos_jax.train import loop
 from llmos_jax.train.directory import DONE_FILE
 from llmos_jax.train.metrics import read_metrics
@@ -214,6 +223,27 @@ def test_unusable_run_directories(tmp_path):
 def test_warm_start_begins_where_the_other_run_ended(uninterrupted, tmp_path):
     api.run_training(settings_for(train__init_from=uninterrupted, train__steps=2, optim__learning_rate=1e-6), tmp_path / "warm")
     assert losses(tmp_path / "warm")[1] < losses(uninterrupted)[1] - 0.3
+
+
+def test_warm_start_from_another_tokenizer_is_refused(uninterrupted, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(uninterrupted, other)
+    (other / "tokenizer.json").write_text('{"another": 1}')
+    with pytest.raises(DataIdentityMismatch, match="another tokenizer.json than this run"):
+        api.run_training(settings_for(train__init_from=other, train__steps=2), tmp_path / "warm")
+
+
+def test_a_run_whose_weights_are_not_saved_does_not_end_as_done(tmp_path, monkeypatch):
+    """Row C4: the disk is full at the last save; once there is room, the same command ends what was begun."""
+    flags = {"train__steps": 4, "checkpoint__every_steps": 2}
+    real = host.free_disk_bytes
+    monkeypatch.setattr(host, "free_disk_bytes", lambda path: 1000)
+    with pytest.raises(CheckpointError, match="step 4 could not be saved"):
+        api.run_training(settings_for(**flags), tmp_path)
+    assert not (tmp_path / DONE_FILE).exists()
+    monkeypatch.setattr(host, "free_disk_bytes", real)
+    api.run_training(settings_for(**flags), tmp_path)
+    assert (tmp_path / DONE_FILE).exists() and api.load(tmp_path)
 
 
 def test_samples_and_traces_on_request(tmp_path):
