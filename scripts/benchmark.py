@@ -47,7 +47,7 @@ def train_worker(shape, has_kept_heap):
     optimizer = optim.make_optimizer(config, handle.infos)
 
     def loss(model, batch, key):
-        total, _, _ = model.loss(batch)
+        total, _ = model.loss(batch)
         return total, batch["weights"].sum(), {}
 
     compiled = jax.jit(step.make_step(loss, handle, optimizer, config, seed=0, steps=1000), donate_argnums=0)

@@ -1,4 +1,7 @@
-"""GPT-2 (Radford et al. 2019) and GPT-3's sizes (Brown et al. 2020): learned positions, pre-norm blocks, tied head."""
+"""GPT-2 (Radford et al. 2019) and GPT-3's sizes (Brown et al. 2020): learned positions, pre-norm blocks, tied head.
+
+With `experts` every block's MLP is a mixture of experts (`models/moe.py`).
+"""
 
 import dataclasses
 
@@ -8,7 +11,7 @@ from flax import nnx
 
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import head
+from llmos_jax.models import head, moe
 from llmos_jax.models.attention import attend, attend_cached
 from llmos_jax.models.layers import LayerNorm, Linear, dropout, fold_key, gelu, parameter
 from llmos_jax.models.stack import EXECUTIONS, REMAT_POLICIES, Stack
@@ -43,12 +46,29 @@ class Config:
     execution: str = setting("auto", help="blocks scanned or unrolled; auto: the faster", choices=EXECUTIONS)
     remat: str = setting("none", help="what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
     z_loss: float = setting(0.0, help="weight of the squared logsumexp of the logits", at_least=0.0)
+    experts: int = setting(0, help="routed MLPs per block (mixture of experts); 0: one dense MLP", at_least=0)
+    experts_per_token: int = setting(2, help="routed experts that see a token", at_least=1)
+    shared_experts: int = setting(0, help="experts beside the routed ones that see every token", at_least=0)
+    expert_mlp: int = setting(0, help="hidden width of one expert; 0: that of the dense MLP", at_least=0)
+    expert_capacity: float | None = setting(
+        None, help="tokens that an expert takes of a row, as a multiple of an equal share; none: all (dropless)", above=0.0
+    )
+    router_balance: float = setting(0.01, help="weight of the load-balance loss of each layer", at_least=0.0)
+    router_z_loss: float = setting(0.001, help="weight of the squared logsumexp of the router's logits", at_least=0.0)
 
     def __post_init__(self):
         if self.width % self.heads:
             raise ConfigError(f"model.width={self.width} is not divisible by model.heads={self.heads}.")
         if self.remat != "none" and self.execution == "unroll":
             raise ConfigError("model.execution=unroll with model.remat: XLA merges the recomputation away; use scan.")
+        if self.experts and self.experts_per_token > self.experts:
+            raise ConfigError(
+                f"model.experts_per_token={self.experts_per_token} is more than the model.experts={self.experts} there are."
+            )
+        if self.shared_experts and not self.experts:
+            raise ConfigError(
+                f"model.shared_experts={self.shared_experts} with model.experts=0: set model.experts, or widen model.mlp."
+            )
 
     @property
     def head_size(self):
@@ -59,6 +79,11 @@ class Config:
     def hidden(self):
         """Hidden width of the MLP."""
         return self.mlp or 4 * self.width
+
+    @property
+    def expert_hidden(self):
+        """Hidden width of one expert."""
+        return self.expert_mlp or self.hidden
 
 
 class Attention(nnx.Module):
@@ -104,32 +129,53 @@ class Attention(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    With experts its input and output are (x, router statistics [B, R] summed over the blocks so far): the router's losses
+    leave the stack as the activations do, row by row.
+    """
 
     def __init__(self, config, placement, *, rngs):
         self.attention_norm = LayerNorm(config.width, rngs=rngs)
         self.attention = Attention(config, rngs=rngs)
         self.mlp_norm = LayerNorm(config.width, rngs=rngs)
-        axes = (("embed",), ("mlp",))
-        self.up = Linear((config.width,), (config.hidden,), *axes, stddev=_INITIAL_STDDEV, rngs=rngs)
-        self.down = Linear((config.hidden,), (config.width,), *axes[::-1], stddev=_residual_stddev(config), rngs=rngs)
+        self.is_sparse = config.experts > 0
+        if self.is_sparse:
+            self.experts = _experts(config, placement, rngs)
+        else:
+            axes = (("embed",), ("mlp",))
+            self.up = Linear((config.width,), (config.hidden,), *axes, stddev=_INITIAL_STDDEV, rngs=rngs)
+            self.down = Linear((config.hidden,), (config.width,), *axes[::-1], stddev=_residual_stddev(config), rngs=rngs)
         self.dropout, self.placement = config.dropout, placement
 
-    def __call__(self, x_BLD, segments_BL, key):
+    def __call__(self, x, segments_BL, key):
+        x_BLD, router_BR = x if self.is_sparse else (x, None)
         mixed = self.attention(self.attention_norm(x_BLD), segments_BL, self.placement)
         x_BLD = _residual(self.placement, x_BLD + dropout(mixed, self.dropout, fold_key(key, 0)))
-        return self._mlp(x_BLD, key)
+        if not self.is_sparse:
+            return self._add_mlp(x_BLD, self._mlp(self.mlp_norm(x_BLD)), key)
+        mixed, of_block_BR = self.experts(self.mlp_norm(x_BLD), segments_BL)
+        return self._add_mlp(x_BLD, mixed, key), router_BR + of_block_BR
 
-    def _mlp(self, x_BLD, key=None):
-        hidden_BLF = self.placement.constrain(gelu(self.up(self.mlp_norm(x_BLD))), "batch", "length", "mlp")
-        return _residual(self.placement, x_BLD + dropout(self.down(hidden_BLF), self.dropout, fold_key(key, 1)))
+    def _mlp(self, x_BLD):
+        return self.down(self.placement.constrain(gelu(self.up(x_BLD)), "batch", "length", "mlp"))
+
+    def _add_mlp(self, x_BLD, mixed_BLD, key=None):
+        return _residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, fold_key(key, 1)))
 
     def decode(self, x_BLD, cache, start_B, first_B):
-        """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, H, M, K] each."""
+        """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, H, M, K] each.
+
+        Experts take every token whatever `expert_capacity` says: what a capacity drops depends on the rest of the row,
+        which a token that is generated can't know.
+        """
         query, key, value = self.attention.project(self.attention_norm(x_BLD))
         cache = tuple(_write(old, new, start_B) for old, new in zip(cache, (key, value), strict=True))
         mixed = attend_cached(query, *cache, start_B, first_B=first_B, window=self.attention.window)
-        return self._mlp(x_BLD + self.attention.output(mixed)), cache
+        x_BLD = x_BLD + self.attention.output(mixed)
+        h_BLD = self.mlp_norm(x_BLD)
+        mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self._mlp(h_BLD)
+        return self._add_mlp(x_BLD, mixed), cache
 
 
 class GPT(nnx.Module):
@@ -164,14 +210,26 @@ class GPT(nnx.Module):
 
         Where the placement shards the length, rows are given and returned in `placement.length_order`.
         """
+        return self._run(tokens_BL, positions_BL, segments_BL, key)[0]
+
+    def _run(self, tokens_BL, positions_BL, segments_BL, key):
+        """Returns (hidden states [B, L, D], router statistics [B, R] summed over blocks or None)."""
         x_BLD = dropout(self.embed(tokens_BL, positions_BL), self.config.dropout, fold_key(key, self.config.layers))
-        x_BLD = self.norm(self.stack(x_BLD, segments_BL, key))
-        return self.placement.constrain(x_BLD, "batch", "length", None)
+        if self.config.experts:
+            router_BR = jnp.zeros((x_BLD.shape[0], len(moe.ROUTER_STATISTICS)), jnp.float32)
+            x_BLD, router_BR = self.stack((x_BLD, router_BR), segments_BL, key)
+        else:
+            x_BLD, router_BR = self.stack(x_BLD, segments_BL, key), None
+        return self.placement.constrain(self.norm(x_BLD), "batch", "length", None), router_BR
 
     def loss(self, batch, key=None):
-        """Returns (loss_sum, nll_sum, correct_sum) over the weighted targets of a batch (see `head.cross_entropy`)."""
-        hidden_BLD = self.hidden(batch["tokens"], batch["positions"], batch.get("segments"), key)
-        return head.cross_entropy(
+        """Returns (loss_sum, {name: sum}) over the weighted targets of a batch (see `head.cross_entropy`).
+
+        Sums: nll, accuracy, and with experts the router's statistics (`moe.ROUTER_STATISTICS`), means over blocks that
+        count a row by the weight of its targets. The router's losses are added in the same way, those of all blocks.
+        """
+        hidden_BLD, router_BR = self._run(batch["tokens"], batch["positions"], batch.get("segments"), key)
+        total, nll, correct = head.cross_entropy(
             hidden_BLD,
             self.embedding[...],
             batch["targets"],
@@ -179,6 +237,13 @@ class GPT(nnx.Module):
             z_loss=self.config.z_loss,
             placement=self.placement,
         )
+        sums = {"nll": nll, "accuracy": correct}
+        if router_BR is None:
+            return total, sums
+        router_R = (router_BR * batch["weights"].sum(1, keepdims=True)).sum(0)
+        router = dict(zip(moe.ROUTER_STATISTICS, router_R, strict=True))
+        total += self.config.router_balance * router["balance"] + self.config.router_z_loss * router["z"]
+        return total, sums | {f"router_{name}": value / self.config.layers for name, value in router.items()}
 
     def logits(self, hidden_BLD):
         """Returns the logits [B, L, V] of hidden states, float32."""
@@ -203,12 +268,18 @@ class GPT(nnx.Module):
 def build(config, placement, *, rngs):
     """Returns a GPT with parameters drawn from `rngs`; call it under `jax.eval_shape` or jit for sharded placement.
 
-    Raises ConfigError when heads or mlp can't be laid over the model axis.
+    Raises ConfigError when heads or mlp can't be laid over the model axis, or experts over theirs.
     """
-    for name, size, axis in (("heads", config.heads, "heads"), ("mlp", config.hidden, "mlp")):
+    sizes = [("heads", config.heads, "heads")]
+    if config.experts:
+        sizes += [("experts", config.experts, "experts"), ("expert_mlp", config.expert_hidden, "mlp")]
+    else:
+        sizes += [("mlp", config.hidden, "mlp")]
+    for name, size, axis in sizes:
         shards = placement.axis_size(axis)
         if size % shards:
-            raise ConfigError(f"model.{name}={size} is not divisible by mesh.model={shards}: change one of them.")
+            over = "expert" if axis == "experts" else "model"
+            raise ConfigError(f"model.{name}={size} is not divisible by mesh.{over}={shards}: change one of them.")
     return GPT(config, placement, rngs=rngs)
 
 
@@ -220,7 +291,10 @@ def cache_shapes(config, rows, length):
 def parameter_count(config):
     """Returns the number of parameters (the tied head is counted once)."""
     width, hidden = config.width, config.hidden
-    block = 4 * width * width + 4 * width + 2 * width * hidden + hidden + width + 4 * width
+    mlp = 2 * width * hidden + hidden + width
+    if config.experts:
+        mlp = moe.parameter_count(width, config.expert_hidden, config.experts, config.shared_experts)
+    block = 4 * width * width + 4 * width + mlp + 4 * width
     return config.layers * block + (config.vocab_size + config.context) * width + 2 * width
 
 
@@ -229,13 +303,34 @@ def flops_per_token(config, length):
 
     6 per weight that is multiplied (head included, embeddings not) plus 12 x layers x width x length for attention, not
     halved for causality, as in PaLM (Chowdhery et al. 2022, appendix B), so that MFU compares with published figures.
+    Of experts only those count that see a token.
     """
-    weights = config.layers * (4 * config.width**2 + 2 * config.width * config.hidden) + config.vocab_size * config.width
+    mlp = 2 * config.width * config.hidden
+    if config.experts:
+        mlp = moe.active_weights(
+            config.width, config.expert_hidden, config.experts, config.experts_per_token, config.shared_experts
+        )
+    weights = config.layers * (4 * config.width**2 + mlp) + config.vocab_size * config.width
     return 6 * weights + 12 * config.layers * config.width * min(length, config.window or length)
 
 
 def _residual(placement, x_BLD):
     return placement.constrain(x_BLD, "batch", "residual_length", None)
+
+
+def _experts(config, placement, rngs):
+    return moe.MixtureOfExperts(
+        config.width,
+        config.expert_hidden,
+        experts=config.experts,
+        per_token=config.experts_per_token,
+        shared=config.shared_experts,
+        capacity=config.expert_capacity,
+        stddev=_INITIAL_STDDEV,
+        output_stddev=_residual_stddev(config),
+        placement=placement,
+        rngs=rngs,
+    )
 
 
 def _residual_stddev(config):

@@ -17,8 +17,8 @@ from jax import lax
 def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
     """Returns a float32 `nnx.Param` of `shape` with logical `axes`, drawn from `rngs.params` by `initializer`.
 
-    `kind` tells the optimizer what it is: a "matrix" (its first `inputs` dimensions are contracted with activations), an
-    "embedding" or a "vector" (biases and norms: no weight decay).
+    `kind` tells the optimizer what it is: a "matrix" (its first `inputs` dimensions, after one of experts, are contracted with
+    activations), an "embedding" or a "vector" (biases and norms: no weight decay).
     """
     if len(shape) != len(axes):
         raise ValueError(f"{len(axes)} axes for a parameter of shape {shape}.")

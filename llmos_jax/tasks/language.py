@@ -95,19 +95,18 @@ def build(config, *, model, data, batch_size, seed, log=print):
 
 def loss(model, batch, key):
     """Returns (sum, weight, sums) of next-token cross-entropy over the weighted targets of a batch."""
-    total, nll, correct = model.loss(batch, key)
-    weight = batch["weights"].sum()
-    return total, weight, {"nll": nll, "accuracy": correct}
+    total, sums = model.loss(batch, key)
+    return total, batch["weights"].sum(), sums
 
 
 def measure(model, batch):
     """Returns the sums that `summarise` needs: negative log-likelihood (nats), tokens, bytes of text, correct tokens."""
-    _, nll, correct = model.loss(batch, None)
+    _, sums = model.loss(batch, None)
     return {
-        "nll": nll,
+        "nll": sums["nll"],
         "tokens": batch["weights"].sum(),
         "bytes": batch["target_bytes"].sum().astype(np.float32),
-        "correct": correct,
+        "correct": sums["accuracy"],
     }
 
 

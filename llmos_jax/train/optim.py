@@ -5,6 +5,7 @@ is a function of training progress alone, be it counted in steps or in seconds.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -100,6 +101,7 @@ def make_optimizer(config, parameters):
 def _muon_dimensions(info):
     if info.kind != "matrix":
         return None
-    first = 1 if info.axes[0] == "layers" else 0
+    # Each layer's and each expert's matrix is one of its own.
+    first = len(list(itertools.takewhile(("layers", "experts").__contains__, info.axes)))
     split = first + info.inputs
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, split)), tuple(range(split, len(info.axes))))
