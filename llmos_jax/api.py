@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, RunDirectoryError
+from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -22,28 +22,51 @@ def load_settings(spec, overrides=()):
 
     tree, path, arg = config.load_experiment(spec)
     settings = config.parse(Settings, config.apply_overrides(tree, overrides))
+    return settings, default_directory(path, arg)
+
+
+def default_directory(path, arg=""):
+    """Returns the run directory of the experiment file `path` with options `arg`, when none is named."""
     slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", arg).strip("_")
-    return settings, pathlib.Path("runs") / (f"{path.stem}-{slug}" if slug else path.stem)
+    return pathlib.Path("runs") / (f"{pathlib.Path(path).stem}-{slug}" if slug else pathlib.Path(path).stem)
 
 
-def run_training(settings, directory, *, launched=None):
+def run_training(settings, directory, *, launched=None, is_own_process=False):
     """Trains as `settings` say in run directory `directory`, going on from where it stands; returns its summary.
 
     The summary is a dict: step, evaluation {metric: value}, baselines, goodput, seconds {category: seconds},
     throughput, elapsed_seconds. A finished run is not trained again. `launched`: `time.time()` of the process's start,
-    to report the time to the first step.
+    to report the time to the first step. `is_own_process`: whether the watchdog may end the process (not a notebook's).
 
-    Raises RunDirectoryLocked when another process writes there, RunDirectoryError when it holds another experiment,
-    Preempted (state saved) on SIGTERM or Ctrl-C, and what else `llmos_jax.errors` lists.
+    With many processes (`compute/distributed.py`) all call it alike; process 0 writes metrics, report and the log of the
+    run, every other one a log of its own. Raises RunDirectoryLocked when another run writes there, RunDirectoryError when
+    it holds another experiment, Preempted (state saved) on SIGTERM or Ctrl-C, PeerLost when a process of the run is gone,
+    and what else `llmos_jax.errors` lists.
     """
+    from llmos_jax.compute import distributed
+    from llmos_jax.compute.watchdog import Watchdog
     from llmos_jax.train import directory as run_directory
-    from llmos_jax.train.lease import RunDirectoryLease
+    from llmos_jax.train.preemption import Preemption
 
-    directory = run_directory.prepare_directory(directory)
-    with RunDirectoryLease(directory), _log_file(directory / run_directory.LOG_FILE):
-        summary = run_directory.finished(directory, settings)
+    directory, first = pathlib.Path(directory), distributed.from_first
+    with contextlib.ExitStack() as stack:
+        preemption = stack.enter_context(Preemption())
+        is_many = distributed.start(settings.distributed)
+        watchdog = Watchdog(
+            settings.watchdog,
+            directory / run_directory.log_file(distributed.index()),
+            heartbeat_seconds=settings.distributed.heartbeat_seconds,
+            is_hard=is_own_process or is_many,
+        )
+        stack.enter_context(watchdog)
+        distributed.check_same(settings)
+        first("directory", lambda: run_directory.prepare_directory(directory) and None)
+        distributed.check_shared(directory)
+        stack.enter_context(_sole_writer(directory))
+        stack.enter_context(_log_file(directory / run_directory.log_file(distributed.index())))
+        summary = first("finished", lambda: run_directory.finished(directory, settings))
         if summary is None:
-            return _run_training(settings, directory, launched)
+            return _run_training(settings, directory, launched, watchdog, preemption)
         logging.info("%s is finished: %s.", directory, headline(summary))
         logging.info("To go on, raise train.steps (or train.max_seconds); to start anew, name another --workdir.")
         return summary
@@ -123,18 +146,33 @@ def prepare_platform(settings):
         logging.info("freed memory is kept for reuse: %s", has_kept_heap)
 
 
-def _run_training(settings, directory, launched):
-    from llmos_jax.compute import devices, host
+@contextlib.contextmanager
+def _sole_writer(directory):
+    """Holds the run directory's lease: process 0 does, for all."""
+    from llmos_jax.compute import distributed
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    lease = RunDirectoryLease(directory)
+    distributed.from_first("lease", lambda: lease.__enter__() and None)
+    try:
+        yield
+    finally:
+        if distributed.index() == 0:
+            lease.__exit__(None, None, None)
+
+
+def _run_training(settings, directory, launched, watchdog, preemption):
+    from llmos_jax.compute import devices, distributed, host
     from llmos_jax.compute.sharding import make_placement
+    from llmos_jax.data.prepare import records_directory
     from llmos_jax.evaluate.evaluator import make_evaluator
-    from llmos_jax.evaluate.report import write_report
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train import loop
-    from llmos_jax.train.metrics import read_metrics
 
     prepare_platform(settings)
     placement = make_placement(settings.mesh)
-    task = config.unit("llmos_jax.tasks", settings.task.name).build(
+    build = functools.partial(
+        config.unit("llmos_jax.tasks", settings.task.name).build,
         settings.task,
         model=settings.model,
         data=settings.data,
@@ -142,9 +180,12 @@ def _run_training(settings, directory, launched):
         seed=settings.seed,
         log=logging.info,
     )
+    task = distributed.leaders_first(records_directory(settings.data), build)
     settings = dataclasses.replace(settings, model=task.model_config)
-    run_directory.claim(directory, settings)
-    for name, text in task.artifacts.items():
+    distributed.check_same(settings, data=task.identity)
+    distributed.from_first("claim", lambda: run_directory.claim(directory, settings))
+    is_first = distributed.index() == 0
+    for name, text in task.artifacts.items() if is_first else ():
         host.write_whole(directory / name, text)
     machine = devices.describe_devices(placement.mesh.devices.flat)
     tokens = task.batch_size * task.tokens_per_row
@@ -158,22 +199,39 @@ def _run_training(settings, directory, launched):
         directory,
         evaluate=lambda handle: make_evaluator(task, handle, placement),
         sample=lambda handle: _sampler(task, settings, handle, placement),
-        initial_params=settings.train.init_from and functools.partial(_warm_start, settings),
+        watchdog=watchdog,
+        preemption=preemption,
+        initial_params=settings.train.init_from and functools.partial(_warm_start, settings, task.artifacts),
         launched=launched,
     )
     summary = dataclasses.asdict(result) | {"baselines": dict(task.baselines), "machine": machine}
-    run_directory.mark_done(directory, summary)
     logging.info("%s", headline(summary))
-    report = directory / run_directory.REPORT_FILE
-    write_report(
-        report,
-        title=f"{settings.name}: {task.parameter_count:,} parameters on {machine}",
-        settings=config.to_plain(settings),
-        metrics=read_metrics(directory / run_directory.METRICS_FILE),
-        summary=summary,
-    )
-    logging.info("report: %s", report)
+    if not is_first:
+        return summary
+    _report(settings, task, directory, summary)
+    run_directory.mark_done(directory, summary)  # the last thing: until it stands, the same command does what is missing
     return summary
+
+
+def _report(settings, task, directory, summary):
+    """Writes the run's page; a disk that has no room for it is told of, and takes nothing else with it."""
+    from llmos_jax.evaluate.report import write_report
+    from llmos_jax.train import directory as run_directory
+    from llmos_jax.train.metrics import read_metrics
+
+    report = directory / run_directory.REPORT_FILE
+    try:
+        write_report(
+            report,
+            title=f"{settings.name}: {task.parameter_count:,} parameters on {summary['machine']}",
+            settings=config.to_plain(settings),
+            metrics=read_metrics(directory / run_directory.METRICS_FILE),
+            summary=summary,
+        )
+    except OSError as error:
+        logging.error("report %s could not be written (%s); the checkpoint and the metrics are whole.", report, error.strerror)
+        return
+    logging.info("report: %s", report)
 
 
 def _sampler(task, settings, handle, placement):
@@ -192,14 +250,22 @@ def _sampler(task, settings, handle, placement):
     return sample
 
 
-def _warm_start(settings, abstract):
-    """Returns the parameters of the run that `train.init_from` names, placed as this run's."""
+def _warm_start(settings, artifacts, abstract):
+    """Returns the parameters of the run that `train.init_from` names, placed as this run's.
+
+    Raises DataIdentityMismatch when that run's tokenizer is another one: its embeddings would mean other texts.
+    """
     from llmos_jax.train import directory as run_directory
 
     source = pathlib.Path(settings.train.init_from)
     saved = run_directory.read_settings(source)
     if saved is None:
         raise RunDirectoryError(f"train.init_from={source} is no run directory: it has no {run_directory.SETTINGS_FILE}.")
+    for name, text in artifacts.items():
+        if not (source / name).is_file() or (source / name).read_text("utf-8") != text:
+            raise DataIdentityMismatch(
+                f"train.init_from={source} has another {name} than this run: take the same data.tokenizer and data, or another run."
+            )
     logging.info("warm start from %s", source)
     return _restore_params(source, abstract, key="params" if saved["optim"]["ema"] is None else "ema")
 

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -54,6 +55,8 @@ def load_experiment(spec):
         known = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
         hint = f"; {path.parent} has {', '.join(known)}" if known else ""
         raise ConfigError(f"--config={spec}: there is no file {path}{hint}.")
+    if path.suffix != ".py":
+        raise ConfigError(f"--config={spec}: {path} is not a Python file with get_config(arg).")
     module_spec = importlib.util.spec_from_file_location(f"llmos_experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(module_spec)
     module_spec.loader.exec_module(module)
@@ -159,6 +162,11 @@ def differences(old, new, path=""):
             lines += differences(old.get(key), new.get(key), _join(path, key))
         return lines
     return [] if old == new else [f"{path}: {json.dumps(old)} -> {json.dumps(new)}"]
+
+
+def library_versions(names):
+    """Returns {distribution name: version} of installed libraries."""
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 def attribute(module, name):

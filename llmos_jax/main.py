@@ -1,6 +1,7 @@
 """Flags, typed settings, one dispatch: `python -m llmos_jax.main [VERB] --config=experiments/NAME.py[:options]`."""
 
 import logging as python_logging
+import os
 import pathlib
 import sys
 import time
@@ -8,6 +9,7 @@ import time
 from absl import flags, logging
 
 from llmos_jax import api, errors
+from llmos_jax.compute import distributed
 from llmos_jax.config import Override, parse
 
 _USAGE = """usage: llmos [VERB] [flags]
@@ -31,12 +33,25 @@ def main(argv=None):
             raise errors.ConfigError(f"there is no verb {verb!r}; known: {', '.join(_VERBS)}.\n\n{_USAGE}")
         _VERBS[verb](words, values, overrides, launched)
     except errors.LlmosError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        distributed.report(error)
+        return _leave(error.exit_code)
     except KeyboardInterrupt:
         print("Interrupted.", file=sys.stderr)
-        return 130
-    return errors.EXIT_DONE
+        return _leave(130)
+    except Exception as error:
+        if distributed.count() == 1 and not os.environ.get(distributed.SUPERVISED):
+            raise
+        error = distributed.peer_lost(error) if distributed.is_peer_loss(error) else error
+        distributed.report(error)
+        return _leave(errors.exit_code(error))
+    return _leave(errors.EXIT_DONE)
+
+
+def _leave(code):
+    """Returns `code`; in a run of many processes it ends this one with it, at once: nothing may wait for a lost peer."""
+    if distributed.count() > 1:
+        distributed.leave(code)
+    return code
 
 
 def console():
@@ -49,7 +64,7 @@ def _train(words, values, overrides, launched):
     if not values.config:
         raise errors.ConfigError(f"--config is missing.\n\n{_USAGE}")
     settings, default_directory = api.load_settings(values.config, overrides)
-    api.run_training(settings, values.workdir or default_directory, launched=launched)
+    api.run_training(settings, values.workdir or default_directory, launched=launched, is_own_process=True)
 
 
 def _generate(words, values, overrides, launched):
@@ -161,6 +176,8 @@ def _log_plainly():
     handler = logging.get_absl_handler()
     handler.setFormatter(python_logging.Formatter("%(message)s"))
     handler.addFilter(api.is_worth_reading)
+    # Process 0 talks for all; the others' words are in their log files.
+    handler.addFilter(lambda record: record.levelno >= python_logging.ERROR or distributed.index() == 0)
 
 
 def _launch_time():

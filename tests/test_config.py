@@ -104,6 +104,8 @@ def test_experiment_args_never_crash(arg):
 def test_missing_experiment_is_named():
     with pytest.raises(ConfigError, match="experiments/gtp.py.*experiments/gpt.py"):
         load_settings("experiments/gtp.py")
+    with pytest.raises(ConfigError, match="README.md is not a Python file"):
+        load_settings("README.md")
     with pytest.raises(ConfigError, match="size='12m' is unknown; known: small"):
         load_settings("experiments/gpt.py:size=12m")
 

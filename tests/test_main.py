@@ -1,14 +1,22 @@
 """The command line as a user meets it: one clear line for every mistake, exit codes, verbs, experiments, notebook."""
 
+import dataclasses
+import functools
 import pathlib
 import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from llmos_jax.main import main
+from llmos_jax import api
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.main import _parse, main
+from llmos_jax.models import gpt
 from llmos_jax.train.lease import RunDirectoryLease
+from llmos_jax.train.settings import check_batch
+from llmos_jax.train.state import describe_model
 
 EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
 
@@ -75,6 +83,7 @@ def test_checkpoint_verbs(run_directory):
             "optim.learning_rate=nan must be a finite number",
         ),
         (["--config=experiments/gpt.py", "--config.optim.learning_rate=-1"], "must be above 0.0"),
+        (["--config=experiments/gpt.py", "--config.seed=4294967296"], "seed=4294967296 must be at most 4294967295"),
         (["--config=experiments/gpt.py", "--config.train.steps=ten"], "train.steps must be a whole number, not 'ten'"),
         (["--config=experiments/gpt.py", "--config.model.heads=3"], "model.width=.* is not divisible by model.heads=3"),
         (
@@ -88,6 +97,8 @@ def test_checkpoint_verbs(run_directory):
         (["generate", "--workdir=/tmp", "--prompt=a"], "holds no run"),
         (["generate", "--workdir=/tmp", "--prompt=a", "--temperature=-1"], "temperature=-1.0 must be at least 0.0"),
         (["generate", "--workdir=/tmp", "--prompt=a", "--top_p=2"], "top_p=2.0 must be at most 1.0"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--stop="], "stop: an empty text"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--seed=99999999999999999999"], "seed=.* must be at most"),
         (["generate", "--workdir=/tmp", "--prompt_file=/no/file"], "--prompt_file=/no/file can't be read"),
         (["checkpoint", "lst", "--workdir=/no/run"], "has no checkpoints"),
     ],
@@ -105,6 +116,23 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
     error = capsys.readouterr().err
     assert code in (78, 65), error
     assert re.search(words, error), error
+
+
+EXAMPLES = [
+    line for line in pathlib.Path("README.md").read_text().splitlines() if line.startswith("llmos") and "--config=" in line
+]
+
+
+@pytest.mark.parametrize("line", EXAMPLES)
+def test_examples_of_the_readme_are_settings_that_work(line):
+    """On eight devices where the example names a mesh, else on one; the data that they name is not there."""
+    words, values, overrides = _parse(line.split())
+    assert words in ([], ["train"])
+    settings, _ = api.load_settings(values.config, overrides)
+    placement = make_placement(settings.mesh, jax.devices()[: 8 if "mesh" in line else 1])
+    check_batch(settings, placement)
+    model = dataclasses.replace(settings.model, vocab_size=50304)
+    describe_model(functools.partial(gpt.build, model, placement), placement)
 
 
 def test_a_second_writer_is_refused(tmp_path):

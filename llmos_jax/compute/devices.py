@@ -1,5 +1,6 @@
 """The chip table: what each accelerator can do at best, and what is attached. CPUs are measured, never assumed."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -97,7 +98,7 @@ def measure_cpu_flops():
 
     key = f"{host.cpu_model()}, {host.cores()} cores, jax {jax.__version__}"
     file = host.cache_directory("measured") / "cpu_flops.json"
-    known = json.loads(file.read_text()) if file.is_file() else {}
+    known = _remembered(file)
     size, best = 1024, known.get(key, 0.0)
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         x = jnp.ones((size, size), jnp.float32)
@@ -107,8 +108,18 @@ def measure_cpu_flops():
             start = time.perf_counter()
             product(x).block_until_ready()
             best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    host.write_whole(file, json.dumps(known | {key: best}, indent=2))
+    with contextlib.suppress(OSError):  # a full disk: measured again next time
+        host.write_whole(file, json.dumps(known | {key: best}, indent=2))
     return best
+
+
+def _remembered(file):
+    """Returns what was measured before: nothing where the file is missing or damaged."""
+    try:
+        known = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return {key: value for key, value in known.items() if isinstance(value, float)} if isinstance(known, dict) else {}
 
 
 def describe_devices(devices):

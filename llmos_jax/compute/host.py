@@ -2,12 +2,20 @@
 
 import contextlib
 import ctypes
+import logging
 import os
 import pathlib
 import resource
 import shutil
+import signal
 import sys
+import threading
 
+from llmos_jax.errors import ConfigError
+
+# prctl's option (linux/prctl.h).
+_PR_SET_PDEATHSIG = 1
+_HANDLERS = []  # native code holds no reference to what it calls
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -45,10 +53,16 @@ def free_disk_bytes(path):
 
 
 def cache_directory(name):
-    """Returns the folder `name` under `$LLMOS_CACHE` or `~/.cache/llmos`, made owner-only if it is missing."""
+    """Returns the folder `name` under `$LLMOS_CACHE` or `~/.cache/llmos`, made owner-only if it is missing.
+
+    Raises ConfigError when it can't be made.
+    """
     root = pathlib.Path(os.environ.get("LLMOS_CACHE") or pathlib.Path.home() / ".cache" / "llmos")
     folder = root / name
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise ConfigError(f"the cache {folder} can't be made ({error.strerror}): name another in $LLMOS_CACHE.") from None
     return folder
 
 
@@ -124,5 +138,37 @@ def return_free_memory():
     Compilation leaves hundreds of megabytes of small free blocks that no step's temporaries fit into: called after it, the
     peak of a small model's training was 0.85 GiB in place of 1.1.
     """
-    with contextlib.suppress(AttributeError, OSError):  # another C library: it keeps what it keeps
+    with contextlib.suppress(AttributeError, OSError):  # another C library keeps what it keeps
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def end_process(code):
+    """Ends this process at once: no exit handler runs, no thread is waited for, what was written is flushed."""
+    # A thread that is stuck may hold a stream's lock for ever.
+    flushing = threading.Thread(target=_flush, daemon=True)
+    flushing.start()
+    flushing.join(timeout=2.0)
+    os._exit(code)
+
+
+def _flush():
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone
+            stream.flush()
+    logging.shutdown()
+
+
+def on_abort(function):
+    """Has `function()` called, which must end the process, when native code aborts it (SIGABRT).
+
+    A handler of Python's own would never run: abort does not return to the interpreter. One that is laid below it does,
+    on the thread that aborts, as soon as that gets the interpreter's lock.
+    """
+    _HANDLERS.append(ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: function()))
+    ctypes.CDLL(None).signal(signal.SIGABRT, _HANDLERS[-1])
+
+
+def end_with_parent():
+    """Has the system send SIGTERM to this process when its parent dies (Linux; nothing happens elsewhere)."""
+    with contextlib.suppress(AttributeError, OSError):  # another system: it is left running, and the lease tells who it is
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+from llmos_jax.compute.pipeline import SCHEDULES
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 
@@ -28,6 +29,13 @@ class MeshConfig:
         choices=("replicated", "zero1", "fsdp"),
     )
     is_sequence_sharded: bool = setting(True, help="norms and residuals sharded by position over the model axis")
+    pipeline_schedule: str = setting(
+        "1f1b",
+        help="1f1b: memory of activations independent of the microbatches; gpipe; circular: gpipe with several blocks a stage",
+        choices=SCHEDULES,
+    )
+    pipeline_microbatches: int = setting(0, help="slices of a batch that follow each other; 0: twice the stages", at_least=0)
+    pipeline_repeats: int = setting(1, help="blocks of layers per stage (circular; 1f1b: interleaved)", at_least=1)
     context_attention: str = setting(
         "ring",
         help="over the context axis: keys and values travel from device to device (ring), or are gathered by all",
@@ -40,8 +48,6 @@ class MeshConfig:
         if 0 in sizes or sizes.count(-1) > 1:
             given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
             raise ConfigError(f"{given}: sizes are positive, and one of them may be -1 (what is left).")
-        if self.pipeline != 1:
-            raise ConfigError(f"mesh.pipeline={self.pipeline}: pipeline parallelism is not there yet; set it to 1.")
 
 
 def mesh_sizes(config, device_count):

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmos_jax.compute.mesh import AXES, MeshConfig, build_mesh
+from llmos_jax.compute.pipeline import Plan, make_plan
 from llmos_jax.errors import ConfigError
 
 _REPLICATED = {
@@ -42,12 +43,14 @@ class Placement:
     """A mesh and the rules that lay logical axes over it: all that a model needs to know of the hardware.
 
     optimizer_rules: the rules of what only the update reads (moments, averaged weights); ZeRO-1 shards these alone.
+    pipeline: the schedule, where the mesh has stages.
     context_attention: how attention reads rows whose length is sharded, "ring" or "all_gather".
     """
 
     mesh: Mesh
     rules: tuple[tuple[str, tuple[str, ...]], ...]
     optimizer_rules: tuple[tuple[str, tuple[str, ...]], ...]
+    pipeline: Plan | None = None
     context_attention: str = "ring"
 
     @functools.cached_property
@@ -136,7 +139,13 @@ def make_placement(config=None, devices=None):
         unknown = [name for name in names if name not in AXES]
         if unknown:
             raise ConfigError(f"mesh.rules.{axis} names the mesh axis {unknown[0]!r}; known: {', '.join(AXES)}.")
-    return Placement(build_mesh(config, devices), _frozen(rules), _frozen(optimizer_rules), config.context_attention)
+    mesh = build_mesh(config, devices)
+    plan = None
+    if mesh.shape["pipeline"] > 1:
+        plan = make_plan(
+            config.pipeline_schedule, mesh.shape["pipeline"], config.pipeline_repeats, config.pipeline_microbatches
+        )
+    return Placement(mesh, _frozen(rules), _frozen(optimizer_rules), plan, config.context_attention)
 
 
 def _frozen(rules):

@@ -20,7 +20,7 @@ class Loader:
     """Rows of global batches from prepared data.
 
     Training: every epoch is a true permutation of a store's records, different for every epoch and store. Validation:
-    the records in order, once.
+    every record once, in one fixed permutation over all stores, so that the first batches are a fair sample of the whole.
     """
 
     def __init__(self, prepared, split, *, batch_size, seed):
@@ -61,7 +61,7 @@ class Loader:
         examples = np.arange(index * self.batch_size + start, index * self.batch_size + stop)
         borders = np.cumsum(self.counts)
         is_real = examples < borders[-1]
-        clipped = np.minimum(examples, borders[-1] - 1)
+        clipped = shuffled(np.minimum(examples, borders[-1] - 1), int(borders[-1]), seed="evaluation")
         owners = np.searchsorted(borders, clipped, side="right")
         records = clipped - (borders - self.counts)[owners]
         batch = self._read(owners, records)

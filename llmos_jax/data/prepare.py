@@ -73,7 +73,7 @@ def prepare(config, *, log=print):
     raw = [source for source, folder in zip(config.sources, folders, strict=True) if folder is None]
     prepared = [folder for folder in folders if folder is not None]
     tokenizer = _shared_tokenizer(config, prepared) if prepared else None
-    cache = _cache_directory(config)
+    cache = records_directory(config)
     inputs = [_Input(source, cache) for source in raw]
     if tokenizer is None:
         tokenizer = _tokenizer(config, inputs, cache, log)
@@ -135,12 +135,12 @@ class _Input:
         if note.is_file():
             return note.read_text()
         content = sources_lib.content_hash(self.source, self.files)
-        note.parent.mkdir(exist_ok=True)
-        host.write_whole(note, content)
+        _keep(note, content)
         return content
 
 
-def _cache_directory(config):
+def records_directory(config):
+    """Returns the folder that prepared records are kept in, made if it is missing; ConfigError when it can't be used."""
     if not config.cache_dir:
         return host.cache_directory("data")
     cache = pathlib.Path(config.cache_dir).expanduser()
@@ -151,21 +151,39 @@ def _cache_directory(config):
     return cache
 
 
+def _keep(file, text):
+    """Writes a file of the cache; DataError when there is no room for it."""
+    try:
+        file.parent.mkdir(exist_ok=True)
+        host.write_whole(file, text)
+    except OSError as error:
+        raise DataError(
+            f"{file} could not be written ({error.strerror}): make room, or keep prepared data elsewhere (data.cache_dir, or "
+            "$LLMOS_CACHE)."
+        ) from None
+
+
 def _folder(source):
     path = pathlib.Path(source.path).expanduser()
     return path if is_store(path) else None
 
 
 def _shared_tokenizer(config, folders):
-    tokenizer = load_tokenizer(folders[0] / TOKENIZER_FILE)
-    if config.tokenizer == "byte" and tokenizer.name != "byte":
-        raise DataIdentityMismatch(f"data.tokenizer=byte, but {folders[0]} was prepared with {tokenizer.name}.")
-    if config.tokenizer.endswith(".json"):
-        asked = load_tokenizer(config.tokenizer)
-        if asked.fingerprint != tokenizer.fingerprint:
-            raise DataIdentityMismatch(
-                f"data.tokenizer={config.tokenizer} is not the tokenizer that {folders[0]} was prepared with."
-            )
+    """Returns the tokenizer that the first prepared folder was made with; DataIdentityMismatch when another is asked for."""
+    folder, asked = folders[0], config.tokenizer
+    tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+    made_with = Store(folder).manifest.get("tokenizer_setting", tokenizer.name)
+    if asked == "byte":
+        is_same = tokenizer.name == "byte"
+    elif asked.startswith("bpe:"):  # a small text gives fewer tokens than were asked for
+        is_same = asked in (made_with, f"{tokenizer.name}:{tokenizer.vocab_size}")
+    else:
+        is_same = make_tokenizer(asked, ()).fingerprint == tokenizer.fingerprint
+    if not is_same:
+        mend = "byte" if tokenizer.name == "byte" else folder / TOKENIZER_FILE
+        raise DataIdentityMismatch(
+            f"data.tokenizer={asked}, but {folder} was prepared with {made_with}: set data.tokenizer={mend}."
+        )
     return tokenizer
 
 
@@ -179,7 +197,7 @@ def _tokenizer(config, inputs, cache, log):
         return load_tokenizer(file)
     start = time.perf_counter()
     tokenizer = make_tokenizer(config.tokenizer, _tokenizer_texts(config, inputs, log))
-    host.write_whole(file, json.dumps(tokenizer.to_json()))
+    _keep(file, json.dumps(tokenizer.to_json()))
     log(f"tokenizer {config.tokenizer} trained in {time.perf_counter() - start:.1f} s")
     return tokenizer
 
@@ -218,6 +236,7 @@ def _prepare_one(config, item, tokenizer, cache, log):
         "content": item.content,
         "source": item.source.path,
         "tokenizer": tokenizer.fingerprint,
+        "tokenizer_setting": config.tokenizer,
         "vocab_size": tokenizer.vocab_size,
         "validation_fraction": config.validation_fraction,
         "documents": {split: len(texts[split]) for split in SPLITS},

@@ -11,6 +11,7 @@ import socket
 import threading
 
 import numpy as np
+from absl import logging
 
 from llmos_jax.compute import host
 from llmos_jax.data.text import segment_dtype
@@ -103,7 +104,7 @@ def _remove_leftovers(cache):
 class Store:
     """Prepared records, open for random access.
 
-    `on_corrupt`: "error", or "skip" (the record becomes padding of weight zero, counted, at most `max_corrupt`).
+    `on_corrupt`: "error", or "skip" (the record becomes padding of weight zero, named, counted, at most `max_corrupt`).
     """
 
     def __init__(self, directory, *, on_corrupt="error", max_corrupt=100):
@@ -167,7 +168,9 @@ class Store:
                     f"{where} is damaged ({reason}): delete {self.directory} to have it prepared again, or set "
                     "data.on_corrupt=skip."
                 ) from error
-            self.corrupt.add((split, index))
+            if (split, index) not in self.corrupt:
+                self.corrupt.add((split, index))
+                logging.warning("%s is damaged and left out: %d so far.", where, len(self.corrupt))
             if len(self.corrupt) > self.max_corrupt:
                 raise DataError(
                     f"{where} is the damaged record number {len(self.corrupt)}: more than data.max_corrupt."

@@ -16,6 +16,7 @@ END_TEXT = "<|endoftext|>"
 # What the library is given at a time: its encodings take some 150 bytes a character.
 _BATCH_CHARACTERS = 4_000_000
 _PIECE_CHARACTERS = 200_000
+_MOST_TOKENS = 2**24
 _BORDER = re.compile(r"\S\n(?=\S)|\S(?= \S)")
 
 
@@ -148,6 +149,8 @@ def train_bpe(texts, vocab_size):
 
     if vocab_size < 257:
         raise ConfigError(f"data.tokenizer=bpe:{vocab_size} is too small: bytes and the end token need 257.")
+    if vocab_size > _MOST_TOKENS:
+        raise ConfigError(f"data.tokenizer=bpe:{vocab_size} is too large: {_MOST_TOKENS} tokens at most.")
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     model.decoder = decoders.ByteLevel()
@@ -169,7 +172,7 @@ def make_tokenizer(spec, texts):
     kind, _, size = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
-    if kind == "bpe" and size.isdigit():
+    if kind == "bpe" and size.isdecimal():
         return train_bpe(texts, int(size))
     if pathlib.Path(spec).exists():
         return load_tokenizer(spec)

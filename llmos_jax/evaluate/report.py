@@ -7,7 +7,18 @@ import math
 from llmos_jax.compute.host import write_whole
 
 _COLOURS = {"loss": "var(--blue)", "validation": "var(--orange)", "other": "var(--green)"}
-_CATEGORY_COLOURS = ("#8a8f98", "#b084cc", "#5ab4ac", "#e6ab02", "#3b82f6", "#f97316", "#ec4899", "#64748b", "#cbd5e1")
+_CATEGORY_COLOURS = (
+    "#8a8f98",
+    "#b084cc",
+    "#5ab4ac",
+    "#e6ab02",
+    "#3b82f6",
+    "#f97316",
+    "#ec4899",
+    "#64748b",
+    "#cbd5e1",
+    "#94a3b8",
+)
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #667085; --paper: #ffffff; --panel: #f5f7fa; --line: #d8dee8;
   --blue: #2563eb; --orange: #ea580c; --green: #0d9488; }

@@ -143,6 +143,7 @@ class GPT(nnx.Module):
             lambda rngs: Block(config, placement, rngs=rngs),
             config.layers,
             rngs=rngs,
+            placement=placement,
             execution=config.execution,
             remat=config.remat,
         )
@@ -152,8 +153,11 @@ class GPT(nnx.Module):
 
     def embed(self, tokens_BL, positions_BL):
         """Returns the embeddings of tokens at their positions, [B, L, D]."""
-        x = jnp.take(self.embedding[...], tokens_BL, axis=0) + jnp.take(self.positions[...], positions_BL, axis=0)
-        return _residual(self.placement, x.astype(self.dtype))
+        # Tables that FSDP shards by features are gathered first: else every device would look up everybody's tokens.
+        embedding_VD = self.placement.constrain(self.embedding[...], "vocab", None)
+        positions_PD = self.placement.constrain(self.positions[...], "positions", None)
+        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0) + jnp.take(positions_PD, positions_BL, axis=0)
+        return _residual(self.placement, x_BLD.astype(self.dtype))
 
     def hidden(self, tokens_BL, positions_BL, segments_BL=None, key=None):
         """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on.

@@ -5,9 +5,11 @@ the stack apart inside the compiled step, so no other layout exists on the train
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from llmos_jax.compute import pipeline
 from llmos_jax.models.layers import fold_key
 
 # What the backward pass may keep; everything else is computed again. "none" keeps all (no rematerialisation).
@@ -26,41 +28,66 @@ SCAN_FROM_LAYERS = 8
 class Stack(nnx.Module):
     """`count` blocks made by `make_block(rngs)`, each called as `block(x, context, key) -> x`.
 
-    Every parameter of the block gets a leading dimension `count` with the logical axis `layers`. Rematerialisation is
-    applied inside a scan, where XLA can't merge the recomputation away.
+    x: a tree of arrays with rows leading. Every parameter of the block gets a leading dimension `count` with the logical
+    axis `layers`. Rematerialisation is applied inside a scan, where XLA can't merge the recomputation away. On a mesh with
+    pipeline stages the blocks run as the placement's schedule says, and are stored in `order` (the layer at each position).
     """
 
-    def __init__(self, make_block, count, *, rngs, execution="auto", remat="none"):
+    def __init__(self, make_block, count, *, rngs, placement=None, execution="auto", remat="none"):
         def parameters(key):
             return nnx.state(make_block(nnx.Rngs(params=key)))
 
         graphdef = nnx.graphdef(jax.eval_shape(lambda: make_block(nnx.Rngs(params=0))))
-        stacked = jax.vmap(parameters)(jax.random.split(rngs.params(), count))
+        self.placement, self.plan = placement, placement.pipeline if placement else None
+        self.order = pipeline.layer_order(self.plan, count) if self.plan else tuple(range(count))
+        keys = jax.random.split(rngs.params(), count)
+        stacked = jax.vmap(parameters)(keys[jnp.array(self.order)] if self.plan else keys)
         self.blocks = nnx.merge(graphdef, jax.tree.map(_with_layers_axis, stacked, is_leaf=_is_parameter))
         self.count = count
-        self.is_scanned = execution == "scan" or (execution == "auto" and count >= SCAN_FROM_LAYERS) or remat != "none"
-        self.remat = remat
+        self.execution, self.remat = execution, remat
+        self.replacement = None
 
     def __call__(self, x, context, key=None):
-        """Returns x after all blocks; `context` (any pytree) is the same for each, `key` is folded with its index."""
-        graphdef, stacked = nnx.split(self.blocks)
+        """Returns x after all blocks; `context` (any tree with rows leading) is the same for each.
+
+        `key` is folded with a block's index. Where `replacement` is set, it is called instead: so a schedule that
+        differentiates by itself (`train/step.py`) takes a model apart at its stack.
+        """
+        if self.replacement is not None:
+            return self.replacement(x, context, key)
+        stacked = nnx.state(self.blocks)
+        if self.plan:
+            return pipeline.forward(self.run, stacked, x, context, key, self.plan, self.placement, remat=self.remat != "none")
+        return self.run(stacked, x, context, key, 0)
+
+    def run(self, layers, x, context, key, first):
+        """Returns x after the blocks whose parameters `layers` stack; the first is block number `first`."""
+        graphdef, count = nnx.graphdef(self.blocks), jax.tree.leaves(layers)[0].shape[0]
 
         def run(x, layer):
             parameters, index = layer
             return nnx.merge(graphdef, parameters)(x, context, fold_key(key, index))
 
-        if not self.is_scanned:
-            for index, parameters in enumerate(unstack(stacked, self.count)):
-                x = run(x, (parameters, index))
+        is_scanned = self.execution == "scan" or (self.execution == "auto" and count >= SCAN_FROM_LAYERS)
+        if not is_scanned and self.remat == "none":
+            for index, parameters in enumerate(unstack(layers, count)):
+                x = run(x, (parameters, first + index))
             return x
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat])
-        return lax.scan(lambda x, layer: (run(x, layer), None), x, (stacked, jax.numpy.arange(self.count)))[0]
+        return lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, first + jnp.arange(count)))[0]
 
     def bind(self, layers):
-        """Returns the blocks as modules with the parameters of `layers` (see `unstack`): how a served model runs."""
+        """Returns the blocks in order as modules with the parameters of `layers` (see `unstack`): how a model is served."""
         graphdef = nnx.graphdef(self.blocks)
-        return [nnx.merge(graphdef, parameters) for parameters in layers]
+        stored_at = {layer: position for position, layer in enumerate(self.order)}
+        return [nnx.merge(graphdef, layers[stored_at[layer]]) for layer in range(self.count)]
+
+
+def find_stack(model):
+    """Returns (path, Stack) of the one stack of a model; (None, None) when it has none, or several."""
+    found = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, Stack)]
+    return found[0] if len(found) == 1 else (None, None)
 
 
 def unstack(tree, count):

@@ -52,19 +52,21 @@ class Generator:
         for index, ids in enumerate(rows):
             tokens[index, width - len(ids) :] = ids
             first[index] = width - len(ids)
-        length = round_up(width + sampling.max_tokens)
+        length = round_up(width + min(sampling.max_tokens, self.config.context))
         layers = self._unstack(params["stack"]["blocks"])
+        # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
         dtype = self.handle.merge(params).dtype
         shape, depth = self.family.cache_shapes(self.config, count, length)
         cache = init_cache(shape, depth, dtype, self.placement)
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(sampling.seed)))(jnp.arange(count))
+        keys = np.asarray(jax.random.key_data(keys))
         states = [_Row(self.tokenizer, sampling, on_text, index) for index in range(len(rows))]
         step = self._step(sampling)
-        inputs, start = jnp.asarray(tokens), 0
+        inputs, start = tokens, 0
         for drawn in range(sampling.max_tokens):
-            chosen, cache = step(params, layers, inputs, cache, jnp.int32(start), jnp.asarray(first), keys, jnp.int32(drawn))
+            chosen, cache = step(params, layers, inputs, cache, np.int32(start), first, keys, np.int32(drawn))
             start += inputs.shape[1]
-            for state, token, row in zip(states, np.asarray(chosen), rows, strict=False):
+            for state, token, row in zip(states, jax.device_get(chosen), rows, strict=False):
                 state.push(int(token), is_full=len(row) + drawn >= self.config.context)
             if all(state.reason for state in states):
                 break
@@ -75,7 +77,8 @@ class Generator:
         """Returns the compiled step; only what shapes the program selects it (length, seed and stop texts are data)."""
         shaping = dataclasses.replace(sampling, max_tokens=1, seed=0, stop=())
         if shaping not in self._steps:
-            self._steps[shaping] = jax.jit(functools.partial(self._decode, shaping), donate_argnums=(3,))
+            outputs = (self.placement.sharding(), None)
+            self._steps[shaping] = jax.jit(functools.partial(self._decode, shaping), donate_argnums=(3,), out_shardings=outputs)
         return self._steps[shaping]
 
     def _decode(self, sampling, params, layers, tokens_BL, cache, start, first_B, keys_B, drawn):
@@ -84,7 +87,7 @@ class Generator:
         hidden_BLD, cache = model.decode(tokens_BL, model.stack.bind(layers), cache, start_B, first_B)
         logits_BV = model.logits(hidden_BLD[:, -1:])[:, 0]
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.tokenizer.vocab_size, logits_BV, -jnp.inf)
-        keys_B = jax.vmap(jax.random.fold_in, (0, None))(keys_B, drawn)
+        keys_B = jax.vmap(jax.random.fold_in, (0, None))(jax.random.wrap_key_data(keys_B), drawn)
         return choose(logits_BV, keys_B, sampling), cache
 
     def _prompt(self, text, index):

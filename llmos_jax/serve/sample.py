@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llmos_jax.config import setting
+from llmos_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,8 +17,12 @@ class SamplingConfig:
     temperature: float = setting(0.8, help="0: always the likeliest token; 1: the model's own distribution", at_least=0.0)
     top_k: int | None = setting(None, help="draw from this many likeliest tokens; none: all", at_least=1)
     top_p: float | None = setting(None, help="draw from the smallest set with this much probability", above=0.0, at_most=1.0)
-    seed: int = setting(0, help="of the draws", at_least=0)
+    seed: int = setting(0, help="of the draws", at_least=0, at_most=2**32 - 1)
     stop: tuple[str, ...] = setting((), help="texts that end a continuation (not part of it)")
+
+    def __post_init__(self):
+        if "" in self.stop:
+            raise ConfigError("stop: an empty text would end every continuation before it begins.")
 
 
 def choose(logits_BV, keys_B, config):

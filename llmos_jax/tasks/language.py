@@ -27,11 +27,15 @@ class Config:
     sample_tokens: int = setting(96, help="length of a sample, tokens", at_least=1)
     temperature: float = setting(0.8, help="sampling temperature; 0: greedy", at_least=0.0)
 
+    def __post_init__(self):
+        if not self.prompts:
+            raise ConfigError("task.prompts is empty: name at least one (an empty text is a document's start).")
+
 
 def build(config, *, model, data, batch_size, seed, log=print):
     """Returns the Task of training `model` (a model Config) on `data` (a DataConfig), preparing the data if needed.
 
-    Raises ConfigError when the model's vocabulary or context is too small for the data.
+    Raises ConfigError when the model's vocabulary or context is too small for the data or for the prompts.
     """
     prepared = prepare(data, log=log)
     vocab_size = prepared.tokenizer.vocab_size
@@ -46,6 +50,13 @@ def build(config, *, model, data, batch_size, seed, log=print):
             f"model.context={model.context} is shorter than the records' data.length={data.length}; "
             "raise one or lower the other."
         )
+    for prompt in config.prompts:
+        # As a prompt is fed: behind the end-of-text token, with room for one more. Found at the end, it would cost the run.
+        tokens = 1 + len(prepared.tokenizer.encode(prompt))
+        if tokens >= model.context:
+            raise ConfigError(
+                f"task.prompts: {prompt[:40]!r} has {tokens} tokens, and model.context={model.context}; shorten it."
+            )
     family = unit("llmos_jax.models", model.name)
     train = Loader(prepared, "train", batch_size=batch_size, seed=seed)
     tokens = Field(np.int32, (data.length,), ("batch", "length"))

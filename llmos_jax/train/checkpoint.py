@@ -3,11 +3,17 @@
 A step is one folder that appears whole or not at all. It holds one Orbax item per top-level key of the state (so that
 parameters can be read alone) and a record of names, shapes, fingerprints and metadata. Damage is named, the step renamed
 to `quarantine-STEP`, and the step before it tried; a mere mismatch with the settings is reported and nothing is touched.
+
+With many processes each reads and writes its own shards of one folder that all share. Process 0 alone removes, renames and
+writes the record; whether a save or a restore went well is agreed upon, so that all go on with the same step.
 """
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -15,7 +21,7 @@ import time
 import jax
 from absl import logging
 
-from llmos_jax.compute import host
+from llmos_jax.compute import distributed, host, memory
 from llmos_jax.config import setting
 from llmos_jax.errors import CheckpointError
 from llmos_jax.train.fingerprint import fingerprints
@@ -25,6 +31,8 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
+# A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
+_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,25 +56,27 @@ class Checkpointer:
     def __init__(self, directory, config, *, clock=time.monotonic):
         self.directory, self.config = pathlib.Path(directory).absolute(), config
         self._clock, self._saved_at = clock, clock()
-        self._engine, self._pending, self._verified = None, None, None
+        self._engine, self._reader, self._pending, self._verified, self._newest = None, None, None, None, None
         self.failures = 0
 
-    def should_save(self, step):
-        """Whether a save is due by step or by time."""
-        if step == 0 or step == self.latest_step():
+    def should_save(self, step, *, is_time_due=None):
+        """Whether a save is due, by step or by time (`is_time_due`, by default what this process's clock says)."""
+        if step == 0 or self.has(step):
             return False
         is_step = self.config.every_steps is not None and step % self.config.every_steps == 0
-        is_time = self.config.every_seconds is not None and self._clock() - self._saved_at >= self.config.every_seconds
-        return is_step or is_time
+        return is_step or (self.is_time_due() if is_time_due is None else is_time_due)
+
+    def is_time_due(self):
+        """Whether a save is due by this process's clock."""
+        return self.config.every_seconds is not None and self._clock() - self._saved_at >= self.config.every_seconds
 
     def steps(self):
         """Returns the complete steps, oldest first."""
         return _steps(self.directory)
 
-    def latest_step(self):
-        """Returns the newest step that is complete or being written, or None."""
-        steps = self.steps() + ([self._pending] if self._pending is not None else [])
-        return max(steps, default=None)
+    def has(self, step):
+        """Whether `step` is the newest one that was restored, saved or is being saved."""
+        return step == self._newest
 
     def save(self, step, tree, metadata):
         """Starts to save `tree` and JSON `metadata` as `step`; returns whether it was started.
@@ -76,13 +86,9 @@ class Checkpointer:
         """
         self.poll(wait=True)
         self._saved_at = self._clock()
-        need = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _SPARE_BYTES
-        free = host.free_disk_bytes(self.directory)
-        if free < need:
-            self._report(
-                step,
-                f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: make room, or lower checkpoint.keep",
-            )
+        refusal = distributed.from_first("save/room", lambda: self._refusal(tree))
+        if refusal is not None:
+            self._report(step, refusal)
             return False
         record = {
             "format": _FORMAT,
@@ -95,39 +101,46 @@ class Checkpointer:
         import orbax.checkpoint as ocp
 
         items = {key: ocp.args.StandardSave({key: value}) for key, value in tree.items()}
+        failure = None
         try:
-            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
             self._open().save(
                 self.directory / str(step), args=ocp.args.Composite(**items, **{_RECORD: ocp.args.JsonSave(record)})
             )
         except Exception as error:  # any failure to write must not end the training that it protects
-            self._report(step, error)
+            if distributed.is_peer_loss(error):
+                raise
+            failure = _first_line(error)
+        failure = _agreed("save/started", failure)
+        if failure is not None:
+            self._report(step, failure)
             return False
-        self._pending = step
+        self._pending = self._newest = step
         if not self.config.is_async:
             self.poll(wait=True)
         return True
 
     def poll(self, *, wait=False):
         """Notes the end of the running save, and reports its failure; applies the keep rules after a success."""
-        if self._pending is None:
-            return
-        step = self._pending
+        if self._pending is None or (not wait and distributed.count() > 1):
+            return  # processes finish at different moments: what each has seen is agreed upon when all wait
+        step, failure = self._pending, None
         try:
             if wait:
                 self._engine.wait_until_finished()
             else:
                 self._engine.check_for_errors()
         except Exception as error:  # see save
-            self._pending = None
-            self._report(step, error)
+            failure = _first_line(error)
+        is_there = distributed.from_first("save/there", lambda: step in self.steps())
+        if failure is None and not is_there and not wait:
             return
-        if step in self.steps():
+        failure = _agreed("save/finished", failure)
+        if failure is None and is_there:
             self._pending, self._verified = None, step
             self._prune()
-        elif wait:
+        else:
             self._pending = None
-            self._report(step, "its folder is gone")
+            self._report(step, failure or "its folder is gone")
 
     def wait(self):
         """Waits for the running save."""
@@ -137,6 +150,10 @@ class Checkpointer:
         """Waits for the running save and lets go of Orbax's threads."""
         self.wait()
         self._drop_engine()
+
+    def abandon(self):
+        """Lets go of a running save without waiting for it: what it has written so far is removed at the next start."""
+        self._abandoned, self._engine, self._reader, self._pending = self._engine, None, None, None
 
     def restore(self, step, abstract):
         """Returns (tree, metadata) of `step` placed as `abstract` (ShapeDtypeStructs with shardings) says.
@@ -152,22 +169,25 @@ class Checkpointer:
     def restore_latest_good(self, abstract):
         """Returns (step, tree, metadata) of the newest step that verifies, or None when there is no step at all.
 
-        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good: a run
-        never silently starts from scratch.
+        Damaged steps are named and renamed to `quarantine-STEP`. CheckpointError when steps exist and none is good (a run
+        never silently starts from scratch), or when the machine fails to read one (permissions, open files): nothing is
+        moved then, nor when a device runs out of memory, which JAX's own error says.
         """
-        _remove_leftovers(self.directory)
-        steps = self.steps()
+        distributed.from_first("restore/clean", lambda: _remove_leftovers(self.directory))
+        steps, has_quarantined = distributed.from_first(
+            "restore/steps", lambda: [self.steps(), _has_quarantined(self.directory)]
+        )
         for step in reversed(steps):
             try:
                 tree, metadata = self._restore(step, abstract)
             except _Damaged as error:
-                target = _quarantine(self.directory / str(step))
+                target = distributed.from_first("restore/quarantine", lambda step=step: _quarantine(self.directory / str(step)))
                 logging.error("checkpoint step %d is damaged (%s): moved to %s", step, error, target)
                 self._drop_engine()
                 continue
-            self._verified = step
+            self._verified = self._newest = step
             return step, tree, metadata
-        if steps or any(self.directory.glob("quarantine-*")):
+        if steps or has_quarantined:
             raise CheckpointError(
                 f"no checkpoint in {self.directory} is intact (damaged ones are kept as quarantine-STEP): restore one from a "
                 "backup, or start anew with another --workdir."
@@ -176,33 +196,55 @@ class Checkpointer:
 
     def restore_part(self, abstract, *, key, step=None):
         """Returns one top-level part of a state (`key`, for example "params"): the newest good one, or that of `step`."""
-        steps = self.steps() if step is None else [step]
-        if step is not None and step not in self.steps():
-            raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, self.steps())) or 'none'}.")
-        for candidate in reversed(steps):
+        there = distributed.from_first("restore/steps", self.steps)
+        if step is not None and step not in there:
+            raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, there)) or 'none'}.")
+        for candidate in reversed(there if step is None else [step]):
             try:
                 return self._restore(candidate, {key: abstract})[0][key]
             except _Damaged as error:
+                if step is not None:
+                    raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}.") from error
                 logging.error("checkpoint step %d is damaged (%s): trying the one before", candidate, error)
-        raise CheckpointError(f"no checkpoint in {self.directory} is intact.")
+        raise CheckpointError(
+            f"{self.directory} has no checkpoint" + (" that is intact." if there else " yet: train it first.")
+        )
 
     def _restore(self, step, abstract):
-        import orbax.checkpoint as ocp
-
-        folder = self.directory / str(step)
-        record = _read_record(folder)
-        wanted = _named(abstract)
-        _compare(folder, record, wanted, parts=tuple(abstract))
-        items = {key: ocp.args.StandardRestore({key: value}) for key, value in abstract.items()}
+        folder, failure = self.directory / str(step), None
         try:
-            restored = self._open().restore(folder, args=ocp.args.Composite(**items))
-        except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
-            raise _Damaged(_first_line(error)) from error
-        tree = {key: restored[key][key] for key in abstract}
+            tree, record = self._read(folder, abstract)
+        except (_Damaged, CheckpointError) as error:
+            failure = error
+        # Another process may have met damage in its shards, where this one met none.
+        told = distributed.exchange("restore/read", failure and [isinstance(failure, _Damaged), str(failure)])
+        if failure is not None:
+            raise failure
+        for is_damage, message in filter(None, told):
+            raise (_Damaged if is_damage else CheckpointError)(message)
         for name, value in fingerprints(tree).items():
             if record["fingerprints"][name] != value:
                 raise _Damaged(f"leaf {name} has fingerprint {value:08x}, saved was {record['fingerprints'][name]:08x}")
         return tree, record["metadata"]
+
+    def _read(self, folder, abstract):
+        import orbax.checkpoint as ocp
+
+        record = _read_record(folder)
+        _compare(folder, record, _named(abstract), parts=tuple(abstract))
+        items = {key: ocp.args.StandardRestore({key: value}) for key, value in abstract.items()}
+        if self._reader is None:
+            # Each process reads its shards by itself: one that meets damage must not leave the others waiting for it.
+            alone = ocp.options.MultiprocessingOptions(distributed.index(), {distributed.index()}, "read")
+            self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+        try:
+            restored = self._reader.restore(folder, args=ocp.args.Composite(**items))
+        except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
+            if memory.is_out_of_memory(error):
+                raise
+            _blame_machine(folder, error)
+            raise _Damaged(_first_line(error)) from error
+        return {key: restored[key][key] for key in abstract}, record
 
     def _open(self):
         if self._engine is None:
@@ -212,24 +254,40 @@ class Checkpointer:
         return self._engine
 
     def _drop_engine(self):
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        for engine in (self._engine, self._reader):
+            if engine is not None:
+                engine.close()
+        self._engine, self._reader = None, None
 
-    def _report(self, step, error):
+    def _refusal(self, tree):
+        """Returns why `tree` can't be saved now, or None."""
+        need = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) + _SPARE_BYTES
+        free = host.free_disk_bytes(self.directory)
+        if free < need:
+            return f"it needs {need / 2**20:.0f} MiB and {free / 2**20:.0f} are free: make room, or lower checkpoint.keep"
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            return _first_line(error)
+        return None
+
+    def _report(self, step, reason):
         self.failures += 1
-        reason = error if isinstance(error, str) else _first_line(error)
+        self._newest = None
         logging.error(
             "checkpoint step %d was NOT saved: %s. Training goes on; the next save is tried as planned.", step, reason
         )
         if self._engine is not None:  # after a failure Orbax's own state is not to be trusted
             try:
-                self._engine.close()
+                if distributed.count() == 1:  # else it may wait for a process whose part has failed
+                    self._engine.close()
             except Exception as later:  # the same failure, told again
                 logging.debug("closing after a failed save: %s", later)
             self._engine = None
 
     def _prune(self):
+        if distributed.index():
+            return
         for step in _superfluous(self.steps(), self.config.keep, self.config.keep_every_steps):
             if step != self._verified:
                 shutil.rmtree(self.directory / str(step), ignore_errors=True)
@@ -248,15 +306,16 @@ class CheckpointRow:
 
 def list_checkpoints(directory):
     """Returns a CheckpointRow per step, oldest first; the record is read, the arrays are not."""
-    rows = []
-    for step in _steps(pathlib.Path(directory)):
-        folder = pathlib.Path(directory) / str(step)
+    rows, directory = [], pathlib.Path(directory)
+    for step in _steps(directory):
+        folder = directory / str(step)
         try:
-            message = f"{len(_read_record(folder)['leaves'])} arrays"
-            rows.append(_row(folder, step, True, message))
+            is_good, message = True, f"{len(_read_record(folder)['leaves'])} arrays"
         except _Damaged as error:
-            rows.append(_row(folder, step, False, str(error)))
-    for folder in sorted(pathlib.Path(directory).glob("quarantine-*")):
+            is_good, message = False, str(error)
+        with contextlib.suppress(FileNotFoundError):  # a run that goes on has removed it meanwhile
+            rows.append(_row(folder, step, is_good, message))
+    for folder in sorted(directory.glob("quarantine-*")):
         rows.append(_row(folder, int(folder.name.split("-")[1]), False, f"quarantined as {folder.name}"))
     return rows
 
@@ -264,18 +323,10 @@ def list_checkpoints(directory):
 def verify_checkpoints(directory):
     """Returns a CheckpointRow per step after reading every array on one device and comparing fingerprints."""
     checkpointer, rows = Checkpointer(directory, CheckpointConfig()), []
-    where = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for step in checkpointer.steps():
         folder = checkpointer.directory / str(step)
         try:
-            abstract = {}
-            for name, (shape, dtype) in _read_record(folder)["leaves"].items():
-                *parents, last = name.split("/")
-                node = abstract
-                for parent in parents:
-                    node = node.setdefault(parent, {})
-                node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
-            checkpointer._restore(step, abstract)
+            _verify(checkpointer, step)
             rows.append(_row(folder, step, True, "every array as it was saved"))
         except _Damaged as error:
             rows.append(_row(folder, step, False, str(error)))
@@ -284,16 +335,50 @@ def verify_checkpoints(directory):
 
 
 def collect_garbage(directory, *, keep):
-    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names."""
-    directory = pathlib.Path(directory)
+    """Removes leftovers of unfinished saves, quarantined steps and all but the newest `keep` steps; returns their names.
+
+    The newest step that verifies is never removed (every array of it is read). CheckpointError, with nothing but leftovers
+    removed, when there are steps and none verifies.
+    """
+    directory = pathlib.Path(directory).absolute()
     removed = _remove_leftovers(directory)
-    for folder in sorted(directory.glob("quarantine-*")):
+    steps, quarantined = _steps(directory), sorted(directory.glob("quarantine-*"))
+    good = _newest_good(directory, steps)
+    if good is None and (steps or quarantined):
+        raise CheckpointError(f"no checkpoint in {directory} is intact: what is there was left as it is.")
+    superfluous = [directory / str(step) for step in _superfluous(steps, keep, None) if step != good]
+    for folder in [*quarantined, *superfluous]:
         shutil.rmtree(folder)
         removed.append(folder.name)
-    for step in _superfluous(_steps(directory), keep, None):
-        shutil.rmtree(directory / str(step))
-        removed.append(str(step))
     return removed
+
+
+def _newest_good(directory, steps):
+    """Returns the newest of `steps` whose arrays are what was saved, or None."""
+    checkpointer = Checkpointer(directory, CheckpointConfig())
+    try:
+        for step in reversed(steps):
+            try:
+                _verify(checkpointer, step)
+            except _Damaged as error:
+                logging.error("checkpoint step %d is damaged (%s)", step, error)
+            else:
+                return step
+        return None
+    finally:
+        checkpointer.close()
+
+
+def _verify(checkpointer, step):
+    """Reads every array of a step on one device; _Damaged when one is not what was saved."""
+    where, abstract = jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), {}
+    for name, (shape, dtype) in _read_record(checkpointer.directory / str(step))["leaves"].items():
+        *parents, last = name.split("/")
+        node = abstract
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=where)
+    checkpointer._restore(step, abstract)
 
 
 def format_rows(rows):
@@ -316,6 +401,16 @@ def _steps(directory):
         return []
     names = [entry for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir()]
     return sorted(int(entry.name) for entry in names if any(entry.iterdir()))
+
+
+def _has_quarantined(directory):
+    return any(directory.glob("quarantine-*"))
+
+
+def _agreed(name, failure):
+    """Returns the first failure that any process reports, or None: all act on it alike."""
+    told = distributed.exchange(name, failure)
+    return next((f"process {number}: {text}" if number else text for number, text in enumerate(told) if text), None)
 
 
 def _superfluous(steps, keep, keep_every):
@@ -349,12 +444,22 @@ def _read_record(folder):
         record = json.loads(file.read_text())
         digest = record.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
+        _blame_machine(folder, error)
         raise _Damaged(f"its record {file.name} can't be read: {_first_line(error)}") from error
     if _digest(record) != digest:
         raise _Damaged("its record was changed after it was written")
     if record["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {record['format']}; this release reads {_FORMAT}.")
     return record
+
+
+def _blame_machine(folder, error):
+    """Raises CheckpointError when a failed read is the machine's failure, not the checkpoint's."""
+    # Tensorstore's errors carry the system's words only.
+    words = [os.strerror(code) for code in _MACHINE_ERRORS]
+    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
+        reason = _first_line(error)
+        raise CheckpointError(f"checkpoint {folder} can't be read now ({reason}): mend that, and try again.") from error
 
 
 def _compare(folder, record, wanted, parts):

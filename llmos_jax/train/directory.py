@@ -13,6 +13,21 @@ DONE_FILE = "DONE.json"
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.html"
+# Of what decides whose a directory is: how it is computed, where it is kept, how it is watched. What lowers memory is here.
+_MAY_CHANGE = (
+    "task.",
+    "data.cache_dir",
+    "data.on_corrupt",
+    "data.max_corrupt",
+    "model.attention",
+    "model.execution",
+    "model.remat",
+)
+
+
+def log_file(process):
+    """Returns the name of a process's log: log.txt for the first, log-3.txt for number 3."""
+    return LOG_FILE if process == 0 else f"log-{process}.txt"
 
 
 def prepare_directory(directory):
@@ -83,4 +98,7 @@ def mark_done(directory, summary):
 
 def _identity_differences(saved, asked):
     changed = [line for key in IDENTITY for line in differences(saved.get(key), asked.get(key), key)]
-    return [line for line in changed if not line.startswith(("data.cache_dir", "task.", "data.on_corrupt", "data.max_corrupt"))]
+    changed = [line for line in changed if not line.startswith(_MAY_CHANGE)]
+    # Part of the data's position: found out by the checkpoint only after the settings here were written.
+    rows = [tree["train"]["batch_size"] for tree in (saved, asked)]
+    return changed + differences(*rows, "train.batch_size")

@@ -14,14 +14,18 @@ import jax
 import numpy as np
 from absl import logging
 
-from llmos_jax.compute import devices, host, memory
+from llmos_jax.compute import devices, distributed, host, memory
+from llmos_jax.compute.faults import Faults
+from llmos_jax.compute.watchdog import Watchdog
 from llmos_jax.config import to_plain
 from llmos_jax.data.loader import Prefetcher
-from llmos_jax.errors import DeviceMemoryError, Preempted
+from llmos_jax.errors import CheckpointError, DeviceMemoryError, Preempted
 from llmos_jax.tasks.base import make_batch
 from llmos_jax.train import guard, optim
 from llmos_jax.train import state as states
 from llmos_jax.train.checkpoint import Checkpointer
+from llmos_jax.train.clock import READING, SharedClock, with_reading
+from llmos_jax.train.fingerprint import ReplicaCheck
 from llmos_jax.train.metrics import MetricsWriter, Progress, ThroughputMeter, TimeAccount
 from llmos_jax.train.preemption import Preemption
 from llmos_jax.train.settings import check_batch
@@ -59,6 +63,8 @@ class _Run:
     account: TimeAccount
     checkpointer: Checkpointer
     preemption: Preemption
+    watchdog: Watchdog
+    clock: SharedClock | None = None
     elapsed_before: float = 0.0
     evaluation: dict = dataclasses.field(default_factory=dict)
     evaluated_at: int | None = None
@@ -71,11 +77,17 @@ class _Run:
     def is_over(self, position):
         """Whether training is done, by steps or by the clock."""
         steps = self.settings.train.steps
-        return (steps is not None and position >= steps) or self.clock() >= 1.0
+        return (steps is not None and position >= steps) or self.clock.share >= 1.0
 
-    def clock(self):
+    def time_share(self):
+        """The share of `train.max_seconds` that is used up by this process's clock."""
         limit = self.settings.train.max_seconds
         return 0.0 if limit is None else min(1.0, self.elapsed_seconds() / limit)
+
+    def poll(self):
+        """Says that the run lives; raises Preempted when it was asked to stop."""
+        self.watchdog.mark()
+        self.preemption.poll()
 
 
 def train(
@@ -86,6 +98,8 @@ def train(
     *,
     evaluate: Callable[..., dict[str, float]],
     sample: Callable[..., list[dict]],
+    watchdog: Watchdog,
+    preemption: Preemption,
     initial_params: Callable[[Any], Any] | None = None,
     launched: float | None = None,
 ) -> Result:
@@ -94,36 +108,42 @@ def train(
     Args:
       settings: Settings. task: tasks.base.Task. placement: compute.sharding.Placement.
       evaluate: `evaluate(handle)(params, poll) -> {metric: value}`. sample: `sample(handle)(params) -> [{"prompt", "text"}]`.
+      watchdog, preemption: entered by the caller.
       initial_params: `initial_params(abstract params) -> params`, instead of random ones (warm start).
       launched: `time.time()` when the process was launched, to report the time to the first step.
 
-    Raises Preempted (state saved) on SIGTERM or Ctrl-C, TrainingDiverged, DeviceMemoryError, CheckpointError.
+    Raises Preempted (state saved) on SIGTERM or Ctrl-C, TrainingDiverged, DeviceMemoryError, CheckpointError, and PeerLost
+    when another process of the run is gone.
     """
     directory = pathlib.Path(directory)
     check_batch(settings, placement)
     handle = states.describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
-    account = TimeAccount()
+    account = TimeAccount(on_change=watchdog.mark)
     if launched is not None:
         account.merge({"init": time.time() - launched})
     checkpointer = Checkpointer(directory / CHECKPOINTS, settings.checkpoint)
-    with Preemption() as preemption:
-        run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption)
-        try:
-            return _train(run, evaluate(handle), sample(handle), initial_params, launched)
-        except jax.errors.JaxRuntimeError as error:
-            if memory.is_out_of_memory(error):
-                parts = _parts(run)
-                limit = memory.device_limit_bytes(placement.mesh.devices.flat[0]) or 0
-                raise DeviceMemoryError(memory.explain(sum(parts.values()), parts, limit)) from error
-            raise
-        finally:
-            checkpointer.close()
+    run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption, watchdog)
+    run.clock = SharedClock(run.time_share, checkpointer.is_time_due, placement.mesh)
+    try:
+        return _train(run, evaluate(handle), sample(handle), initial_params, launched)
+    except Exception as error:
+        if memory.is_out_of_memory(error):
+            parts = _parts(run)
+            limit = memory.device_limit_bytes(jax.local_devices()[0]) or 0
+            raise DeviceMemoryError(memory.explain(sum(parts.values()), parts, limit)) from error
+        if distributed.count() > 1 and not isinstance(error, Preempted):
+            checkpointer.abandon()  # its running save may wait for a process that is gone, or that this one leaves alone
+        if distributed.is_peer_loss(error):
+            raise distributed.peer_lost(error) from error
+        raise
+    finally:
+        checkpointer.close()
 
 
 def _train(run, evaluate, sample, initial_params, launched):
-    settings, task, account, preemption = run.settings, run.task, run.account, run.preemption
-    config = settings.train
+    settings, task, account, watchdog = run.settings, run.task, run.account, run.watchdog
+    config, faults = settings.train, Faults(run.directory, distributed.index())
 
     # ---- Compile before anything is allocated: a step that does not fit is refused with its reasons.
     with account.spend("compile"):
@@ -132,6 +152,9 @@ def _train(run, evaluate, sample, initial_params, launched):
     # ---- State: the newest checkpoint that verifies, else a warm start, else fresh.
     with account.spend("restore"):
         state, position = _restore_or_init(run, initial_params)
+        # The first collective connects the processes, and gives up on one that compiles much longer than the others.
+        distributed.barrier("ready")
+    run.preemption.begin()
     host.return_free_memory()  # what compilation left, before the first step takes its temporaries
     logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
     is_first = jax.process_index() == 0
@@ -142,22 +165,28 @@ def _train(run, evaluate, sample, initial_params, launched):
         flops_per_token=task.flops_per_token,
         peak_flops=devices.peak_flops(run.placement.mesh.devices.flat, _dtype_name(run)),
     )
-    progress = Progress(total=config.steps, start=position, fraction=run.clock, is_shown=is_first)
+    progress = Progress(total=config.steps, start=position, fraction=run.time_share, is_shown=is_first)
     leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
     batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
     profile = _Profile(config.profile_steps, run.directory)
+    is_compared = config.compare_replicas_every_steps is not None
+    replicas = ReplicaCheck(states.to_tree(_abstract(run)), run.placement.mesh) if is_compared else None
     pending = []
-    run.started = time.perf_counter()
+    run.started, stepped = time.perf_counter(), account.totals()["step"]
 
     def flush(entries):
         """Reads the metrics of finished steps: the only place where the host waits for the device."""
+        nonlocal stepped
         if not entries:
             return
         with account.spend("step"):
             read = jax.device_get([metrics for _, metrics in entries])
+        stepped_before, stepped = stepped, account.totals()["step"]
+        watchdog.measured(stepped - stepped_before, steps=len(entries))
         mean_loss = float(np.mean([values["train/loss"] for values in read]))
         for (step, _), values in zip(entries, read, strict=True):
             verdict = values.pop("guard")
+            run.clock.came_back(values.pop(READING))
             figures = {name: float(value) for name, value in values.items()}
             if step == entries[-1][0]:
                 meter.update(step, account.totals(), jax.local_devices())
@@ -170,7 +199,7 @@ def _train(run, evaluate, sample, initial_params, launched):
         if run.evaluated_at == position:  # by the process before this one
             return
         with account.spend("evaluate"):
-            run.evaluation, run.evaluated_at = evaluate(state.evaluated_params, preemption.poll), position
+            run.evaluation, run.evaluated_at = evaluate(state.evaluated_params, run.poll), position
         writer.write(position, run.evaluation)
         shown = "  ".join(f"{name} {value:.4f}" for name, value in run.evaluation.items())
         progress.message(f"step {position}  {shown}")
@@ -184,9 +213,15 @@ def _train(run, evaluate, sample, initial_params, launched):
         for text in texts:
             progress.message(f"sample  {text['prompt']!r} -> {text['text']!r}")
 
+    def compare_replicas(is_due):
+        if replicas is not None and is_due:
+            with account.spend("step"):
+                replicas(states.to_tree(state))
+
     try:
         while not run.is_over(position):
-            preemption.poll()
+            watchdog.step = position
+            run.poll()
 
             # ---- Evaluate the old state, then save it: what was measured is what is kept.
             if _is_due(config.evaluate_every_steps, position):
@@ -195,7 +230,9 @@ def _train(run, evaluate, sample, initial_params, launched):
                 evaluate_state()
             if _is_due(config.sample_every_steps, position):
                 sample_state()
-            if run.checkpointer.should_save(position):
+            is_saved = run.checkpointer.should_save(position, is_time_due=run.clock.is_save_due)
+            compare_replicas(is_saved or _is_due(config.compare_replicas_every_steps, position))
+            if is_saved:
                 flush(pending)  # what is saved is also written: a kill after this save loses no line of metrics
                 pending = []
                 with account.spend("save_block"):
@@ -206,9 +243,10 @@ def _train(run, evaluate, sample, initial_params, launched):
             profile.before(position)
             with account.spend("data_wait"):
                 batch = batches.get()
-            clock = jax.device_put(np.float32(run.clock()), run.placement.sharding())
+            faults.strike(position + 1)
+            reading = run.clock.reading()
             with account.spend("step"), jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch, clock)
+                state, metrics = compiled(state, batch, reading)
             position += 1
             pending.append((position, metrics))
             if launched is not None:
@@ -226,13 +264,14 @@ def _train(run, evaluate, sample, initial_params, launched):
         pending = []
         evaluate_state()
         sample_state()
+        compare_replicas(True)
         with account.spend("save_block"):
             _save(run, state, position)
     except Preempted:
         flush(pending)
         with account.spend("save_block"):
             _save(run, state, position)
-            run.checkpointer.wait()
+            _require_saved(run, position)
         progress.message(f"saved step {position}")
         raise
     finally:
@@ -241,7 +280,7 @@ def _train(run, evaluate, sample, initial_params, launched):
         profile.close()
         writer.close()
     with account.spend("save_block"):
-        run.checkpointer.wait()
+        _require_saved(run, position)
     return Result(
         step=position,
         evaluation={name.partition("/")[2]: value for name, value in run.evaluation.items()},
@@ -273,10 +312,10 @@ def _compile(run):
         name: jax.ShapeDtypeStruct((task.batch_size, *field.shape), field.dtype, sharding=placement.sharding(*field.axes))
         for name, field in task.fields.items()
     }
-    clock = jax.ShapeDtypeStruct((), np.float32, sharding=placement.sharding())
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), placement.sharding())
-    compiled = jax.jit(step, donate_argnums=0, out_shardings=shardings).lower(abstract, batch, clock).compile()
-    memory.check_fit(compiled, _parts(run), memory.device_limit_bytes(placement.mesh.devices.flat[0]))
+    step = jax.jit(with_reading(step, placement.mesh), donate_argnums=0, out_shardings=shardings)
+    compiled = step.lower(abstract, batch, run.clock.abstract()).compile()
+    memory.check_fit(compiled, _parts(run), memory.device_limit_bytes(jax.local_devices()[0]))
     return compiled
 
 
@@ -292,19 +331,19 @@ def _restore_or_init(run, initial_params):
         run.sampled_at = metadata["sampled_at"]
         run.account.merge(metadata["seconds"])
         logging.info("restored step %d from %s", step, run.directory)
-        return states.from_tree(tree, abstract), metadata["position"]
+        return states.in_stored_order(states.from_tree(tree, abstract), run.handle), metadata["position"]
     state = states.init_state(
         run.handle, run.optimizer, run.placement, run.settings.seed, with_ema=run.settings.optim.ema is not None
     )
     if initial_params is not None:
-        params = initial_params(abstract.params)
+        params = states.in_stored_order(initial_params(abstract.params), run.handle)
         ema = None if state.ema is None else jax.tree.map(lambda x: x.copy(), params)
         state = dataclasses.replace(state, params=params, ema=ema)
     return state, 0
 
 
 def _save(run, state, position):
-    if run.checkpointer.latest_step() == position:
+    if run.checkpointer.has(position):
         return
     metadata = {
         "position": position,
@@ -317,7 +356,18 @@ def _save(run, state, position):
         "sampled_at": run.sampled_at,
         "artifacts": dict(run.task.artifacts),
     }
-    run.checkpointer.save(position, states.to_tree(state), metadata)
+    run.checkpointer.save(position, states.to_tree(states.in_canonical_order(state, run.handle)), metadata)
+    run.clock.was_saved()
+
+
+def _require_saved(run, position):
+    """Waits for the last save; CheckpointError when what was trained is not on the disk."""
+    run.checkpointer.wait()
+    if position and not run.checkpointer.has(position):
+        raise CheckpointError(
+            f"step {position} could not be saved in {run.checkpointer.directory} (the reason is above): mend it and run the "
+            "same command again."
+        )
 
 
 def _abstract(run):

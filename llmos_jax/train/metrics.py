@@ -219,10 +219,11 @@ class TimeAccount:
     """Books every second of wall time to a category; the categories' sum is the wall time.
 
     `with account.spend("compile")`: a nested spend pauses the outer one. What nothing claims is idle.
+    `on_change(category)` is called with each category that is entered or returned to.
     """
 
-    def __init__(self, clock=time.perf_counter):
-        self._clock, self._stack = clock, ["idle"]
+    def __init__(self, clock=time.perf_counter, on_change=lambda category: None):
+        self._clock, self._stack, self._on_change = clock, ["idle"], on_change
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._since = clock()
 
@@ -233,11 +234,13 @@ class TimeAccount:
             raise KeyError(f"time category {category!r} is unknown; known: {', '.join(CATEGORIES)}")
         self._settle()
         self._stack.append(category)
+        self._on_change(category)
         try:
             yield
         finally:
             self._settle()
             self._stack.pop()
+            self._on_change(self._stack[-1])
 
     def totals(self):
         """Returns seconds by category, up to now."""

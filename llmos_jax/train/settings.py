@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any
 
+from llmos_jax.compute.distributed import DistributedConfig
 from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.watchdog import WatchdogConfig
 from llmos_jax.config import setting
 from llmos_jax.data.prepare import DataConfig
 from llmos_jax.errors import ConfigError
@@ -23,6 +25,9 @@ class TrainConfig:
     log_every_steps: int = setting(10, help="steps between reads of the device's metrics", at_least=1)
     evaluate_every_steps: int | None = setting(None, help="steps between evaluations; none: only at the end", at_least=1)
     sample_every_steps: int | None = setting(None, help="steps between samples; none: only at the end", at_least=1)
+    compare_replicas_every_steps: int | None = setting(
+        None, help="steps between comparisons of the devices' copies of the state, also before saves; none: never", at_least=1
+    )
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
     init_from: str | None = setting(None, help="run directory whose parameters are the start")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
@@ -42,13 +47,15 @@ class Settings:
 
     name: str = setting(help="of the experiment")
     model: Any = setting(help="the network", units="llmos_jax.models")
-    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0)
+    seed: int = setting(0, help="of initial weights, order of data, dropout", at_least=0, at_most=2**32 - 1)
     task: Any = setting({"name": "language"}, help="what to optimise", units="llmos_jax.tasks")
     data: DataConfig = setting(DataConfig(), help="sources and records")
     mesh: MeshConfig = setting(MeshConfig(), help="devices and rules")
     optim: OptimConfig = setting(OptimConfig(), help="optimizer")
     train: TrainConfig = setting(TrainConfig(), help="length and rhythm")
     checkpoint: CheckpointConfig = setting(CheckpointConfig(), help="what is saved when")
+    distributed: DistributedConfig = setting(DistributedConfig(), help="processes")
+    watchdog: WatchdogConfig = setting(WatchdogConfig(), help="limits on phases without progress")
 
 
 # A run directory belongs to what these decide; the rest (mesh, rhythm, checkpoints) may change when a run continues.
@@ -57,12 +64,14 @@ IDENTITY = ("name", "seed", "model", "task", "data", "optim")
 
 def check_batch(settings, placement):
     """Raises ConfigError when the batch can't be cut: rows into data shards x microbatches, length into its shards."""
-    shards, train = placement.axis_size("batch"), settings.train
-    multiple = shards * train.microbatches
+    shards, train, plan = placement.axis_size("batch"), settings.train, placement.pipeline
+    multiple, parts = shards * train.microbatches, f"{shards} data shards x train.microbatches={train.microbatches}"
+    if plan is not None:
+        multiple, parts = multiple * plan.microbatches, f"{parts} x mesh.pipeline_microbatches={plan.microbatches}"
     if train.batch_size % multiple:
         raise ConfigError(
-            f"train.batch_size={train.batch_size} is not divisible by {shards} data shards x train.microbatches="
-            f"{train.microbatches}; the next size that is: {-(-train.batch_size // multiple) * multiple}."
+            f"train.batch_size={train.batch_size} is not divisible by {parts}; the next size that is: "
+            f"{-(-train.batch_size // multiple) * multiple}."
         )
     length, shards = settings.data.length, placement.axis_size("length")
     if shards > 1:

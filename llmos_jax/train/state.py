@@ -5,9 +5,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from llmos_jax.compute.sharding import shard_shapes_divide
+from llmos_jax.errors import ConfigError
+from llmos_jax.models.stack import find_stack
 from llmos_jax.train.guard import initial_guard
 
 
@@ -46,6 +49,7 @@ class ModelHandle:
     """A model taken apart: `merge(params)` gives the module, `infos` describes its parameters, `shapes` their shapes.
 
     shardings: of the parameters; optimizer_shardings: of what only the update reads (the same, but for ZeRO-1).
+    stack: (path, Stack) of the model's one stack of blocks, without values; (None, None) when it has none, or several.
     """
 
     graphdef: Any
@@ -53,6 +57,8 @@ class ModelHandle:
     infos: Any
     shardings: Any
     optimizer_shardings: Any
+    placement: Any
+    stack: Any
     build: Any
 
     def merge(self, params):
@@ -76,7 +82,8 @@ def describe_model(build, placement):
 
     Raises ConfigError when a parameter's dimension can't be laid over its mesh axis.
     """
-    graphdef, state = nnx.split(jax.eval_shape(lambda: build(rngs=nnx.Rngs(params=0))))
+    model = jax.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
+    graphdef, state = nnx.split(model)
     infos = jax.tree.map(_info, state, is_leaf=_is_variable)
     infos = nnx.to_pure_dict(infos) if isinstance(infos, nnx.State) else infos
     shapes = nnx.to_pure_dict(state)
@@ -87,7 +94,7 @@ def describe_model(build, placement):
             lambda s, info, name, where=where: shard_shapes_divide(where, s.shape, info.axes, name), shapes, infos, names
         )
         shardings.append(jax.tree.map(lambda info, where=where: where.sharding(*info.axes), infos))
-    return ModelHandle(graphdef, shapes, infos, *shardings, build)
+    return ModelHandle(graphdef, shapes, infos, *shardings, placement, find_stack(model), build)
 
 
 def init_state(handle, optimizer, placement, seed, *, with_ema=False):
@@ -115,15 +122,54 @@ def state_shardings(handle, optimizer, placement, *, with_ema=False):
     }
 
     def place(path, leaf):
-        # A moment's path ends with its parameter's path; a factored moment (adafactor) has another shape: replicated.
-        parts = leaf_name(path).split("/")
-        for start in range(len(parts)):
-            shape, sharding = by_name.get("/".join(parts[start:]), (None, None))
-            if shape == leaf.shape:
-                return sharding
+        # A factored moment (adafactor) has another shape than its parameter: replicated.
+        shape, sharding = by_name.get(_parameter_name(path, by_name), (None, None))
+        if shape == leaf.shape:
+            return sharding
+        if shape and leaf.size > 1 and _is_reordered(handle):
+            raise ConfigError(
+                "mesh.pipeline_repeats above 1 needs an optimizer whose moments have their parameters' shapes: take optim.name="
+                "adamw, lion or muon, or mesh.pipeline_repeats=1."
+            )
         return placement.sharding()
 
     return dataclasses.replace(jax.tree_util.tree_map_with_path(place, shapes), params=handle.shardings)
+
+
+def in_canonical_order(tree, handle):
+    """Returns a TrainState, or its parameters, with the stack's layers in their natural order: how they are saved.
+
+    It is the same tree unless pipeline stages hold several blocks each. `in_stored_order` is its inverse.
+    """
+    return _reorder(tree, handle, np.argsort(handle.stack[1].order)) if _is_reordered(handle) else tree
+
+
+def in_stored_order(tree, handle):
+    """Returns a TrainState, or its parameters, with the stack's layers as this mesh keeps them (see `Stack.order`)."""
+    return _reorder(tree, handle, np.array(handle.stack[1].order)) if _is_reordered(handle) else tree
+
+
+def _is_reordered(handle):
+    _, stack = handle.stack
+    return stack is not None and stack.order != tuple(sorted(stack.order))
+
+
+def _reorder(tree, handle, order):
+    infos = {leaf_name(path): info for path, info in jax.tree_util.tree_leaves_with_path(handle.infos)}
+
+    def move(path, leaf):
+        info = infos.get(_parameter_name(path, infos))
+        return jnp.take(leaf, order, axis=0) if info and info.axes[0] == "layers" and leaf.ndim == len(info.axes) else leaf
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, tree)
+    return jax.jit(lambda tree: jax.tree_util.tree_map_with_path(move, tree), out_shardings=shardings)(tree)
+
+
+def _parameter_name(path, names):
+    """Returns which of `names` a leaf of the state belongs to: a moment's path ends with its parameter's. None: to none."""
+    parts = leaf_name(path).split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((ending for ending in endings if ending in names), None)
 
 
 def to_tree(state):

@@ -50,7 +50,16 @@ def test_the_cpu_is_measured_and_remembered():
     assert 1e9 < measured < 1e14
     (remembered,) = json.loads((host.cache_directory("measured") / "cpu_flops.json").read_text()).values()
     assert remembered == measured
+    (host.cache_directory("measured") / "cpu_flops.json").write_text("{")
+    assert 1e9 < devices.peak_flops(jax.devices(), "float32") < 1e14
     assert "CPU" in devices.describe_devices(jax.devices())
+
+
+def test_a_cache_that_can_not_be_made_is_one_clear_line(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LLMOS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match=r"can't be made \(Not a directory\): name another in \$LLMOS_CACHE"):
+        host.cache_directory("data")
 
 
 def test_host(tmp_path):
@@ -98,7 +107,6 @@ def test_mesh_sizes():
         ({"data": 2, "model": 2}, "does not fit 8 device.*multiply to 4; .*mesh.model=2 mesh.data=4"),
         ({"data": 0}, "sizes are positive"),
         ({"data": -1, "model": -1}, "one of them may be -1"),
-        ({"pipeline": 2}, "pipeline parallelism is not there yet"),
         ({"rules": {"mlpp": ("model",)}}, "mesh.rules.mlpp: no such logical axis"),
         ({"rules": {"mlp": ("modl",)}}, "names the mesh axis 'modl'; known: pipeline, replica, data"),
     ],

@@ -91,6 +91,13 @@ def test_evaluation_sees_every_record_once(prepared):
     assert sum((batch["weights"].sum(1) > 0).sum() for batch in batches) == sum(loader.counts)
 
 
+def test_the_first_evaluation_batches_are_a_sample_of_every_source(prepared):
+    """An evaluation that is cut short saw nothing but the first source."""
+    tokens = Loader(prepared, "validation", batch_size=16, seed=0).evaluation_rows(0, 0, 16)["tokens"]
+    counts = [(tokens == ord(letter)).sum() for letter in "ab"]
+    assert 0.25 < counts[1] / sum(counts) < 0.75  # both texts are of one size
+
+
 def test_another_identity_is_refused(prepared):
     loader = Loader(prepared, "train", batch_size=8, seed=0)
     loader.check_identity(loader.identity)

@@ -1,5 +1,6 @@
 """Sources to records: what is read, split, cached, refused, and what damage is named."""
 
+import errno
 import gzip
 import json
 import os
@@ -179,6 +180,20 @@ def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     assert not list(cache.glob("records*"))
 
 
+@pytest.mark.parametrize("what", ["hashes", "tokenizer"])
+def test_a_full_disk_is_named_before_there_are_records(what, tmp_path, monkeypatch):
+    real = prepare_lib.host.write_whole
+
+    def write_whole(file, text):
+        if what in str(file):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(file, text)
+
+    monkeypatch.setattr(prepare_lib.host, "write_whole", write_whole)
+    with pytest.raises(DataError, match=f"{what}.* could not be written .No space left on device.: make room"):
+        prepare(config(write("folder", tmp_path / "in"), tmp_path, tokenizer="bpe:300"), log=lambda line: None)
+
+
 def test_leftovers_of_dead_processes_are_removed_and_those_of_living_ones_kept(tmp_path):
     cache = tmp_path / "cache"
     host, pid, start = socket.gethostname(), os.getpid(), process_start(os.getpid())
@@ -256,8 +271,13 @@ def test_prepared_folder_as_source_and_its_mismatches(tmp_path):
     with pytest.raises(DataIdentityMismatch, match="data.length 64, and 32"):
         prepare(config(folder, tmp_path, length=32))
     bpe = prepare(config(tmp_path / "in", tmp_path, tokenizer="bpe:300"), log=lambda line: None).stores[0][0].directory
-    with pytest.raises(DataIdentityMismatch, match="data.tokenizer=byte"):
-        prepare(config(bpe, tmp_path))
+    for other in ("byte", "bpe:400"):
+        with pytest.raises(DataIdentityMismatch, match=f"data.tokenizer={other}, but .* was prepared with bpe:300: set"):
+            prepare(config(bpe, tmp_path, tokenizer=other))
+    with pytest.raises(DataIdentityMismatch, match="tokenizer.json, but .* was prepared with byte: set data.tokenizer=byte"):
+        prepare(config(folder, tmp_path, tokenizer=str(bpe / "tokenizer.json")))
+    for same in ("bpe:300", str(bpe / "tokenizer.json")):
+        assert prepare(config(bpe, tmp_path, tokenizer=same)).tokenizer.vocab_size == 300
     mixed = DataConfig(sources=tuple(SourceConfig(path=str(p)) for p in (folder, bpe)), tokenizer="byte", length=64)
     with pytest.raises(DataIdentityMismatch, match="tokenizer"):
         prepare(mixed)
@@ -286,7 +306,7 @@ def test_cut_empty_foreign_and_missing_records(tmp_path):
         Store(store.directory)
 
 
-def test_corrupt_records_are_named_or_skipped(tmp_path):
+def test_corrupt_records_are_named_or_skipped(tmp_path, caplog):
     """Row D1: a flipped byte is found when its record is read; `skip` is counted and capped."""
     prepared, store, file = damaged_store(tmp_path)
     count = store.count("train")
@@ -298,6 +318,9 @@ def test_corrupt_records_are_named_or_skipped(tmp_path):
     skipping = Store(store.directory, on_corrupt="skip", max_corrupt=count)
     records = skipping.records("train", range(count))
     assert len(records["tokens"]) == count and 1 <= len(skipping.corrupt) <= count
+    skipping.records("train", range(count))  # seen again in the next epoch, told once
+    told = [record.getMessage() for record in caplog.records if "is damaged and left out" in record.getMessage()]
+    assert len(told) == len(skipping.corrupt) and file.name in told[0]
     bad = [index for _, index in skipping.corrupt]
     assert not records["segments"][bad].any() and not records["target_bytes"][bad].any()
     with pytest.raises(DataError, match="more than data.max_corrupt"):

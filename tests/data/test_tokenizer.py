@@ -92,5 +92,6 @@ def test_refusals(tmp_path):
             lib.load_tokenizer(tmp_path / "bad.json")
     with pytest.raises(ConfigError, match="must be byte, bpe:SIZE"):
         lib.make_tokenizer("sentencepiece", [])
-    with pytest.raises(ConfigError, match="bpe:100 is too small"):
-        lib.make_tokenizer("bpe:100", TEXTS)
+    for size, words in ((100, "is too small"), (10**22, "is too large"), ("\u00b2", "must be byte, bpe:SIZE")):
+        with pytest.raises(ConfigError, match=words):
+            lib.make_tokenizer(f"bpe:{size}", TEXTS)

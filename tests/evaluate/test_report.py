@@ -3,6 +3,7 @@
 from html.parser import HTMLParser
 
 from llmos_jax.evaluate.report import write_report
+from llmos_jax.train.metrics import CATEGORIES
 
 HOSTILE = "<script>alert('x')</script> & \"quotes\" \x07"
 
@@ -34,7 +35,7 @@ def report(tmp_path, metrics):
         "baselines": {"gzip -9 bits per byte": 1.744},
         "throughput": {"throughput/tokens_per_second": 12345.6, "throughput/mfu": 0.42},
         "goodput": 0.87,
-        "seconds": {"step": 80.0, "evaluate": 15.0, "compile": 5.0},
+        "seconds": dict.fromkeys(CATEGORIES, 20.0 / (len(CATEGORIES) - 1)) | {"step": 80.0},
         "machine": "2 x <chip>",
     }
     write_report(tmp_path / "r.html", title=HOSTILE, settings={"a": HOSTILE}, metrics=metrics, summary=summary)
@@ -55,6 +56,8 @@ def test_figures_curves_and_samples(tmp_path):
     text = " ".join(reader.text)
     for shown in ("1.234", "12.18", "1.744", "12,346", "42%", "87%", "2 x <chip>", "step 80.0 s (80%)", "after step 1,200"):
         assert shown in text, shown
+    for category in CATEGORIES:
+        assert f"{category.replace('_', ' ')} " in text and f"title='{category.replace('_', ' ')}'" in page, category
     tags = [tag for tag, _ in reader.tags]
     assert "script" not in tags and "alert('x')" in text
     assert tags.count("svg") >= 4 and tags.count("polyline") >= 5

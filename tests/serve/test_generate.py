@@ -98,6 +98,8 @@ def test_context_is_the_end(generator):
     generate, params, _ = generator
     (done,) = generate.generate(params, ["x" * 80], SamplingConfig(max_tokens=200, temperature=1.0))
     assert done.reason in ("context", "end") and len(done.tokens) <= 96 - 80
+    endless = SamplingConfig(max_tokens=10**9, temperature=1.0)  # takes the cache of a whole context, not of so many tokens
+    assert generate.generate(params, ["x" * 80], endless) == [done]
     with pytest.raises(ConfigError, match="prompt 1 has 97 tokens; the model's context is 96"):
         generate.generate(params, ["a", "x" * 96], SamplingConfig())
     with pytest.raises(ConfigError, match="no prompt"):

@@ -11,6 +11,7 @@ from llmos_jax import config as config_lib
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.data.prepare import DataConfig, SourceConfig
+from llmos_jax.errors import ConfigError
 from llmos_jax.evaluate.evaluator import make_evaluator
 from llmos_jax.models import gpt
 from llmos_jax.tasks import language
@@ -96,6 +97,19 @@ def test_a_partial_evaluation_has_no_yardstick(task, tmp_path):
         language.Config(evaluation_batches=1), model=MODEL, data=data, batch_size=2, seed=0, log=lambda line: None
     )
     assert some.evaluations[0].batches == 1 and not some.baselines
+
+
+def test_prompts_that_would_fail_at_the_end_are_refused_before_training(tmp_path):
+    (tmp_path / "t.txt").write_text("some text " * 300)
+    data = DataConfig(
+        sources=(SourceConfig(path=str(tmp_path / "t.txt")),), tokenizer="byte", length=32, cache_dir=str(tmp_path / "c")
+    )
+    build = functools.partial(language.build, model=MODEL, data=data, batch_size=2, seed=0, log=lambda line: None)
+    assert build(language.Config(prompts=("x" * 30,))).prompts == ("x" * 30,)
+    with pytest.raises(ConfigError, match="'x+' has 32 tokens, and model.context=32"):
+        build(language.Config(prompts=("x" * 31,)))
+    with pytest.raises(ConfigError, match="task.prompts is empty"):
+        language.Config(prompts=())
 
 
 @pytest.mark.parametrize("name", config_lib.unit_names("llmos_jax.tasks"))

@@ -166,6 +166,31 @@ def test_damaged_files_fall_back(damage, template, tmp_path):
     assert_same(tree, trees[1])
 
 
+@pytest.mark.parametrize(
+    ("what", "failure", "words"),
+    [
+        ("record", OSError(24, "Too many open files"), "can't be read now.*Too many open files"),
+        ("arrays", ValueError("PERMISSION_DENIED: Error opening: Permission denied"), "can't be read now.*Permission denied"),
+        ("arrays", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RESOURCE_EXHAUSTED"),
+    ],
+)
+def test_a_failure_of_the_machine_is_not_taken_for_damage(what, failure, words, template, tmp_path, monkeypatch):
+    """A good step that can't be read now (open files, permissions, memory) stays where it is."""
+    target, trees = copy(template, tmp_path), template[1]
+    checkpointer = lib.Checkpointer(target, lib.CheckpointConfig())
+
+    def fail(*_, **__):
+        raise failure
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(lib.json, "loads") if what == "record" else (checkpointer._open(), "restore"), fail)
+        with pytest.raises((CheckpointError, jax.errors.JaxRuntimeError), match=words):
+            checkpointer.restore_latest_good(abstract(trees[2]))
+    assert checkpointer.steps() == [1, 2] and not list(target.glob("quarantine-*"))
+    assert checkpointer.restore_latest_good(abstract(trees[2]))[0] == 2
+    checkpointer.close()
+
+
 def test_none_intact_is_an_error_not_a_fresh_start(template, tmp_path):
     """Row C3: exit code 65, now and at the next try."""
     target, trees = copy(template, tmp_path), template[1]
@@ -273,6 +298,12 @@ def test_policy_by_step_and_by_time_and_what_is_kept(tmp_path):
     checkpointer.close()
 
 
+def test_asking_whether_a_save_is_due_reads_no_folder(tmp_path, monkeypatch):
+    checkpointer = lib.Checkpointer(tmp_path, lib.CheckpointConfig(every_steps=10))
+    monkeypatch.setattr(lib, "_steps", lambda directory: pytest.fail("the folder was listed"))
+    assert not any(checkpointer.should_save(step) for step in range(10))
+
+
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.2])
 def test_killed_while_saving(delay, tmp_path):
     """Row R4: the step before stays the newest, and what is left over is removed."""
@@ -310,6 +341,50 @@ def test_verbs(template, tmp_path):
     assert "DAMAGED" in lib.format_rows(rows)
     assert lib.collect_garbage(target, keep=1) == ["9.orbax-checkpoint-tmp", "1"]
     assert sorted(p.name for p in target.iterdir()) == ["2"]
+
+
+def test_garbage_collection_keeps_the_last_step_that_verifies(template, tmp_path):
+    """Keeping the newest one alone would leave nothing to restore where that one is damaged."""
+    target = copy(template, tmp_path)
+    zero(target / "2" / "params")
+    assert lib.collect_garbage(target, keep=1) == []
+    checkpointer = lib.Checkpointer(target, lib.CheckpointConfig())
+    assert checkpointer.restore_latest_good(abstract(template[1][1]))[0] == 1
+    with pytest.raises(CheckpointError, match="has no step 2; it has 1"):
+        checkpointer.restore_part(abstract(template[1][1])["params"], key="params", step=2)
+    assert lib.collect_garbage(target, keep=1) == ["quarantine-2"]
+    zero(target / "1" / "params")
+    with pytest.raises(CheckpointError, match="checkpoints/1 is damaged"):
+        checkpointer.restore_part(abstract(template[1][1])["params"], key="params", step=1)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):
+            lib.collect_garbage(target, keep=1)
+        with pytest.raises(CheckpointError, match="no checkpoint in .* is intact"):  # moves it to quarantine
+            checkpointer.restore_latest_good(abstract(template[1][1]))
+    checkpointer.close()
+
+
+def test_steps_that_go_while_they_are_listed_are_left_out(template, tmp_path, monkeypatch):
+    target, real = copy(template, tmp_path), lib._read_record
+
+    def read(folder):
+        if folder.name == "1":
+            shutil.rmtree(folder)
+        return real(folder)
+
+    monkeypatch.setattr(lib, "_read_record", read)
+    assert [row.step for row in lib.list_checkpoints(target)] == [2]
+
+
+def test_an_empty_folder_has_no_checkpoint_yet(tmp_path):
+    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
+        lib.Checkpointer(tmp_path, lib.CheckpointConfig()).restore_part({}, key="params")
+
+
+def zero(folder):
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.write_bytes(bytes(file.stat().st_size))
 
 
 def test_a_save_does_not_wait_for_the_disk(tmp_path):

@@ -1,0 +1,46 @@
+"""Faults on purpose, for tests of recovery: named by one environment variable, inert without it."""
+
+import os
+import pathlib
+import re
+import signal
+import time
+
+from llmos_jax.errors import ConfigError
+
+VARIABLE = "LLMOS_FAULT"
+KINDS = ("kill", "sigterm", "freeze", "stuck")
+_FORM = re.compile(r"(?P<kind>\w+):p(?P<process>\d+):step(?P<step>\d+)")
+
+
+class Faults:
+    """Faults of this process, from text such as `kill:p1:step12,sigterm:p0:step40`.
+
+    kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP) and stuck (sleeps for ever) strike process `pN` before it
+    dispatches the step. Each strikes once per run directory: a marker file tells the process that is started next.
+    """
+
+    def __init__(self, directory, process, text=None):
+        self._directory = pathlib.Path(directory)
+        self._waiting = {}
+        for item in filter(None, (text if text is not None else os.environ.get(VARIABLE, "")).split(",")):
+            found = _FORM.fullmatch(item.strip())
+            if not found or found["kind"] not in KINDS:
+                raise ConfigError(f"{VARIABLE}={item!r} must be KIND:pPROCESS:stepSTEP, with KIND one of {', '.join(KINDS)}.")
+            if int(found["process"]) == process:
+                self._waiting[int(found["step"])] = (found["kind"], item.strip())
+
+    def strike(self, step):
+        """Does what is planned before `step` is dispatched, if anything is."""
+        if step not in self._waiting:
+            return
+        kind, name = self._waiting.pop(step)
+        try:
+            (self._directory / f"fault-{name.replace(':', '-')}").touch(exist_ok=False)
+        except FileExistsError:
+            return  # it has struck an earlier process of this run
+        if kind == "stuck":
+            while True:
+                time.sleep(60)
+        number = {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
+        os.kill(os.getpid(), number)

@@ -1,0 +1,136 @@
+"""Pipeline schedules: the same numbers as one device, the bubble that is predicted, refusals that say why."""
+
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from llmos_jax.compute import pipeline
+from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.errors import ConfigError
+from llmos_jax.models import gpt
+from llmos_jax.train import optim, state
+from tests.train.test_step import MODEL, Trainer, assert_close, make_batches
+
+# Scanned, so that a stage's program is compiled once and not once a layer.
+DEEP = dataclasses.replace(MODEL, layers=4, execution="scan")
+
+
+@pytest.fixture(scope="module")
+def single():
+    """Ten steps on one device, the last batch with rows that are padding alone: losses and final parameters."""
+    trainer = Trainer(model=DEEP)
+    return trainer.run(batches()), trainer.params()
+
+
+def batches():
+    made = make_batches(10)
+    made[-1]["weights"][5:] = 0
+    return made
+
+
+@pytest.mark.parametrize(
+    ("mesh", "choices"),
+    [
+        (dict(pipeline=4, data=2), {}),
+        (dict(pipeline=2, data=4, pipeline_microbatches=1), {}),
+        (dict(pipeline=2, data=2, model=2, pipeline_microbatches=8, parameters="fsdp"), {}),
+        (dict(pipeline=2, data=2, model=2, pipeline_repeats=2, pipeline_microbatches=4), dict(remat="full")),
+        (dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"), dict(microbatches=2)),
+        (dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}),
+        (dict(pipeline=2, data=2, model=2, pipeline_schedule="gpipe", parameters="fsdp"), dict(remat="full", microbatches=2)),
+        (dict(pipeline=2, data=4, pipeline_schedule="circular", pipeline_repeats=2), {}),
+    ],
+    ids=str,
+)
+def test_every_schedule_gives_the_numbers_of_one_device(mesh, choices, single):
+    choices = dict(choices)
+    model = dataclasses.replace(DEEP, remat=choices.pop("remat", "none"))
+    trainer = Trainer(model=model, mesh=MeshConfig(**mesh), **choices)
+    losses, params = single
+    np.testing.assert_allclose(trainer.run(batches()), losses, rtol=1e-5)
+    assert_close(trainer.params(), params, 1e-5)
+    weight = trainer.state.params["stack"]["blocks"]["up"]["weight"]
+    assert {shard.data.shape[0] for shard in weight.addressable_shards} == {DEEP.layers // mesh["pipeline"]}
+
+
+def test_dropout_is_that_of_accumulation():
+    """1F1B gives microbatch m the key that accumulation on one device gives it."""
+    model = dataclasses.replace(DEEP, dropout=0.2)
+    single = Trainer(model=model, microbatches=4).run(make_batches(2))
+    piped = Trainer(model=model, mesh=MeshConfig(pipeline=2, data=4, pipeline_microbatches=4)).run(make_batches(2))
+    np.testing.assert_allclose(piped, single, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("stages", "repeats", "microbatches"), [(2, 1, 2), (4, 1, 6), (4, 1, 3), (2, 3, 4), (4, 2, 8)])
+def test_every_block_sees_every_microbatch_once_in_order(stages, repeats, microbatches):
+    """The clock of both directions, tick by tick, and the bubble that it leaves."""
+    plan = pipeline.Plan("1f1b", stages, repeats, microbatches)
+    depth, forward, backward = stages * repeats, {}, {}
+    for tick in range(plan.ticks + depth):
+        for stage in range(stages):
+            chunk, microbatch, is_real = pipeline._clock(plan, tick - stage)
+            if is_real:
+                forward[int(microbatch), int(chunk) * stages + stage] = tick
+            chunk, microbatch, is_real = pipeline._clock(plan, tick - (depth - 1) - (stages - 1 - stage), is_backward=True)
+            if is_real:
+                backward[int(microbatch), int(chunk) * stages + stage] = tick
+    everything = {(m, block) for m in range(microbatches) for block in range(depth)}
+    assert set(forward) == set(backward) == everything
+    for m, block in everything:
+        if block:
+            assert forward[m, block] == forward[m, block - 1] + 1  # what rolls on is used in the very next tick
+            assert backward[m, block - 1] == backward[m, block] + 1
+        assert backward[m, block] - forward[m, block] < 2 * depth - 1  # the ring still holds the block's input
+    assert all(backward[m, depth - 1] == forward[m, depth - 1] for m in range(microbatches))
+    idle = 1 - len(forward) / (stages * (max(forward.values()) + 1))
+    assert idle == pytest.approx(plan.bubble)
+
+
+def test_few_microbatches_are_allowed_and_warned_of(caplog):
+    with caplog.at_level(logging.WARNING):
+        plan = pipeline.make_plan("1f1b", 4, 1, 2)
+    assert plan.bubble == pytest.approx(3 / 5) and "a stage waits 60 % of the time" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("mesh", "words"),
+    [
+        (dict(pipeline=8), "model.layers=4 is not divisible by mesh.pipeline=8 .*can be one of .1, 2, 4"),
+        (dict(pipeline=2, pipeline_repeats=4, pipeline_microbatches=4), "layers=4 is not divisible by .*repeats=4"),
+        (dict(pipeline=2, pipeline_repeats=2, pipeline_microbatches=3), "microbatches=3 is not divisible by mesh.pipeline=2"),
+        (dict(pipeline=2, pipeline_schedule="gpipe", pipeline_repeats=2), "gpipe has one block per stage"),
+        (dict(pipeline=2, pipeline_schedule="circular"), "circular at least two"),
+    ],
+    ids=str,
+)
+def test_what_can_not_be_piped_is_refused(mesh, words):
+    with pytest.raises(ConfigError, match=words):
+        Trainer(model=DEEP, mesh=MeshConfig(**mesh))
+
+
+def test_factored_moments_are_refused_where_layers_are_reordered():
+    wide = dataclasses.replace(DEEP, width=256, mlp=256)  # adafactor factors dimensions from 128 on
+    with pytest.raises(ConfigError, match="pipeline_repeats above 1 needs an optimizer"):
+        Trainer(model=wide, mesh=MeshConfig(pipeline=2, pipeline_repeats=2), config=optim.OptimConfig(name="adafactor"))
+
+
+def test_layers_are_initialised_and_saved_in_natural_order():
+    def parameters(mesh):
+        placement = make_placement(mesh)
+        handle = state.describe_model(lambda rngs: gpt.build(DEEP, placement, rngs=rngs), placement)
+        return handle, jax.jit(handle.init, out_shardings=handle.shardings)(jax.random.key(0))
+
+    _, plain = parameters(MeshConfig())
+    handle, stored = parameters(MeshConfig(pipeline=2, pipeline_repeats=2))
+    weight = ("stack", "blocks", "up", "weight")
+    assert handle.stack[1].order == (0, 2, 1, 3)
+    canonical = state.in_canonical_order(stored, handle)
+    jax.tree.map(np.testing.assert_array_equal, canonical, plain)
+    jax.tree.map(np.testing.assert_array_equal, state.in_stored_order(canonical, handle), stored)
+    for name in weight:
+        plain, stored = plain[name], stored[name]
+    assert not np.array_equal(plain, stored)

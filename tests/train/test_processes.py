@@ -1,0 +1,107 @@
+"""1, 2 and 4 processes train alike; what one shape saved, others go on with. Row R13, and decisions by the clock."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from llmos_jax.train.checkpoint import verify_checkpoints
+from tests.gang import launch, losses
+
+pytestmark = pytest.mark.timeout(900)  # six starts of a gang, on a machine that others use, too
+STEPS, KEPT = 24, 4
+RUN = {"train__steps": STEPS, "checkpoint__every_steps": 4, "checkpoint__keep": 10}
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    """The run that the others are held against: four processes with a device each."""
+    directory = tmp_path_factory.mktemp("four")
+    done = launch(directory, processes=4, train__evaluate_every_steps=10, **RUN)
+    assert done.code == 0 and [code for _, code, _ in done.ends] == [0] * 4, done.text
+    return directory, done.text
+
+
+def evaluations(directory):
+    entries = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return {entry["step"]: entry["validation/loss"] for entry in entries if "validation/loss" in entry}
+
+
+def test_one_process_writes_and_the_others_keep_a_log(four):
+    directory, text = four
+    assert list(losses(directory)) == list(range(1, STEPS + 1)) and list(evaluations(directory)) == [10, 20, 24]
+    names = {entry.name for entry in directory.iterdir()}
+    assert {"log.txt", "log-1.txt", "log-2.txt", "log-3.txt", "DONE.json", "report.html", "settings.json"} <= names
+    assert sum(name.startswith("events.out") for name in names) == 1 and "lease.json" not in names
+    assert not [name for name in names if name.startswith((".", "fault"))]
+    spoken = [line for line in text.splitlines() if line.startswith(("[1]", "[2]", "[3]")) and "Gloo" not in line]
+    assert all("connecting to" in line for line in spoken), spoken
+    assert "gpt on 4 x CPU" in (directory / "log-3.txt").read_text()
+    summary = json.loads((directory / "DONE.json").read_text())
+    assert summary["step"] == STEPS and set(summary["evaluation"]) >= {"loss", "bits_per_byte"}
+
+
+@pytest.mark.parametrize(("processes", "devices", "tolerance"), [(2, 2, 0.0), (1, 4, 1e-6)], ids=["2x2", "1x4"])
+def test_other_numbers_of_processes_have_the_same_losses(processes, devices, tolerance, four, tmp_path):
+    done = launch(tmp_path, processes=processes, devices=devices, train__evaluate_every_steps=10, **RUN)
+    assert done.code == 0, done.text
+    for curve in (losses, evaluations):
+        ours, theirs = curve(tmp_path), curve(four[0])
+        assert list(ours) == list(theirs)
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("processes", "devices", "mesh"),
+    [(2, 2, {"mesh__data": 2, "mesh__model": 2}), (1, 1, {}), (2, 1, {"mesh__model": 2, "mesh__parameters": "fsdp"})],
+    ids=["data 2 x model 2", "one device", "model 2, fsdp"],
+)
+def test_saved_by_four_restored_by_others(processes, devices, mesh, four, tmp_path):
+    """Row R13: fingerprints are compared at the restore, and 20 losses are within 1e-5 relative."""
+    copy = tmp_path / "run"
+    shutil.copytree(four[0], copy)
+    (copy / "DONE.json").unlink()
+    for folder in (copy / "checkpoints").iterdir():
+        if int(folder.name) > KEPT:
+            shutil.rmtree(folder)
+    done = launch(copy, processes=processes, devices=devices, **RUN, **mesh)
+    assert done.code == 0 and f"restored step {KEPT}" in done.text, done.text
+    ours, theirs = losses(copy), losses(four[0])
+    assert list(ours) == list(theirs) and len(ours) - KEPT == 20
+    np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=1e-5)
+    assert all(row.is_good for row in verify_checkpoints(copy / "checkpoints"))
+
+
+def test_damage_that_one_process_meets_is_everybodys(four, tmp_path):
+    """The newest step is damaged: all processes fall back to the same one, and process 0 alone moves it away."""
+    copy = tmp_path / "run"
+    shutil.copytree(four[0], copy)
+    (copy / "DONE.json").unlink()
+    files = [file for file in (copy / "checkpoints" / str(STEPS) / "params").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 3] ^= 0x10
+    largest.write_bytes(content)
+    done = launch(copy, processes=2, devices=2, **RUN)
+    assert done.code == 0 and f"checkpoint step {STEPS} is damaged" in done.text and "restored step 20" in done.text, done.text
+    assert (copy / "checkpoints" / f"quarantine-{STEPS}").is_dir()
+    for number in (0, 1):
+        assert "restored step 20" in (copy / ("log.txt" if number == 0 else "log-1.txt")).read_text()
+    ours, theirs = losses(copy), losses(four[0])
+    assert [ours[step] for step in range(21, STEPS + 1)] == [theirs[step] for step in range(21, STEPS + 1)]
+
+
+def test_the_clock_decides_alike_for_all(tmp_path):
+    """By time alone: how long, when to save, and the learning rate. A difference between processes would be a deadlock."""
+    by_time = {"train__steps": "none", "train__max_seconds": 8.0, "checkpoint__every_steps": "none", "checkpoint__keep": 10}
+    done = launch(tmp_path, processes=2, optim__schedule="linear", checkpoint__every_seconds=0.5, **by_time)
+    assert done.code == 0, done.text
+    summary = json.loads((tmp_path / "DONE.json").read_text())
+    assert summary["elapsed_seconds"] >= 8.0
+    saved = sorted(int(folder.name) for folder in pathlib.Path(tmp_path / "checkpoints").iterdir())
+    assert len(saved) >= 3 and saved[-1] == summary["step"]
+    entries = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    rates = [entry["train/learning_rate"] for entry in entries if "train/learning_rate" in entry]
+    assert len(rates) == summary["step"] and rates[-1] < 0.3 * max(rates)
