@@ -43,6 +43,8 @@ def batches():
         (dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}),
         (dict(pipeline=2, data=2, model=2, pipeline_schedule="gpipe", parameters="fsdp"), dict(remat="full", microbatches=2)),
         (dict(pipeline=2, data=4, pipeline_schedule="circular", pipeline_repeats=2), {}),
+        (dict(pipeline=2, data=1, context=2, model=2, pipeline_microbatches=4), {}),
+        (dict(pipeline=2, data=2, context=2, pipeline_schedule="gpipe", context_attention="all_gather"), dict(remat="full")),
     ],
     ids=str,
 )
