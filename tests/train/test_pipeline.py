@@ -40,6 +40,7 @@ def batches():
         (dict(pipeline=2, data=2, model=2, pipeline_microbatches=8, parameters="fsdp"), {}),
         (dict(pipeline=2, data=2, model=2, pipeline_repeats=2, pipeline_microbatches=4), dict(remat="full")),
         (dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"), dict(microbatches=2)),
+        (dict(pipeline=2, context=2, model=2, pipeline_microbatches=4), {}),
         (dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}),
         (dict(pipeline=2, data=2, model=2, pipeline_schedule="gpipe", parameters="fsdp"), dict(remat="full", microbatches=2)),
         (dict(pipeline=2, data=4, pipeline_schedule="circular", pipeline_repeats=2), {}),
@@ -51,7 +52,7 @@ def batches():
 def test_every_schedule_gives_the_numbers_of_one_device(mesh, choices, single):
     choices = dict(choices)
     model = dataclasses.replace(DEEP, remat=choices.pop("remat", "none"))
-    trainer = Trainer(model=model, mesh=MeshConfig(**mesh), **choices)
+    trainer = Trainer(model=model, mesh=MeshConfig(**{"data": 1} | mesh), **choices)
     losses, params = single
     np.testing.assert_allclose(trainer.run(batches()), losses, rtol=1e-5)
     assert_close(trainer.params(), params, 1e-5)
