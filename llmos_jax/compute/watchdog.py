@@ -25,6 +25,8 @@ from llmos_jax.errors import PeerLost, Stuck
 
 _STEPS_REMEMBERED = 64
 _BEATS = "llmos/beat"
+# The others' watchdogs expire at about the same time: process 0, whose end would abort them, lets them write their stacks.
+_LAST_WORDS_SECONDS = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Watchdog:
                 continue
             if error is not None and not self._stop.is_set():
                 self._dump_stacks(error)
+                if isinstance(error, Stuck) and distributed.index() == 0 and distributed.count() > 1:
+                    time.sleep(_LAST_WORDS_SECONDS)
                 self._end(error)
                 return
 

@@ -36,7 +36,9 @@ class Preemption:
         self._previous = {}
 
     def begin(self):
-        """From here on there is something to save."""
+        """From here on there is something to save. Raises Preempted for a signal that could not end the run before."""
+        if self.signal_name is not None:  # raised where exceptions are only printed: in a callback, in a finaliser
+            self._raise_early()
         self._has_begun = True
         distributed.start_preemption_service()
 
@@ -55,6 +57,9 @@ class Preemption:
             raise KeyboardInterrupt
         self.signal_name = signal.Signals(number).name
         if not self._has_begun:
-            raise Preempted(f"stopped by {self.signal_name} before training began; run the same command again")
+            self._raise_early()
         if distributed.count() > 1:  # only Ctrl-C comes here: JAX's service has taken SIGTERM, and tells the others
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _raise_early(self):
+        raise Preempted(f"stopped by {self.signal_name} before training began; run the same command again")

