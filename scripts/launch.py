@@ -7,7 +7,7 @@ What follows `--` is llmos's own command line. When a process ends badly the res
 are started again on a new port, from the last checkpoint: at once after a preemption (exit code 42) or when the run came
 further than ever before, else after a growing pause; after --restarts without a new step it gives up with the last error.
 Exit codes 78 (settings) and 65 (data, checkpoint) are passed on: starting again would not help. The run directory's
-DONE.json counts for more than any exit code. SIGTERM or Ctrl-C is passed on, and answered by 42 once all have saved.
+DONE.json counts for more than any exit code. SIGTERM or Ctrl-C is passed on, and answered by 42 when all have saved, else 75.
 """
 
 import argparse
@@ -74,8 +74,8 @@ class Gang:
             else:
                 print(line if child.number == 0 else f"[{child.number}] {line}", end="", file=sys.stderr, flush=True)
 
-    def wait(self, stop, grace_seconds):
-        """Returns the exit codes of all; after the first bad one, or a stop, the rest has `grace_seconds` to leave."""
+    def wait(self, stop, stop_command, grace_seconds):
+        """Returns all exit codes. After a bad one the rest has `grace_seconds` to leave, after a stop six times that."""
         codes, deadline, is_told, first = {}, None, False, None
         while len(codes) < len(self.children):
             for child in self.children:
@@ -88,7 +88,7 @@ class Gang:
                 if code != errors.EXIT_DONE:
                     deadline = deadline or time.monotonic() + grace_seconds
             if stop.is_set() and not is_told:
-                self.signal(signal.SIGTERM)
+                subprocess.run(stop_command, check=False) if stop_command else self.signal(signal.SIGTERM)
                 is_told, deadline = True, deadline or time.monotonic() + 6 * grace_seconds
             if deadline is not None and time.monotonic() > deadline:
                 self.signal(signal.SIGKILL)
@@ -120,7 +120,7 @@ def supervise(command, directory, args, stop):
         started = time.time()
         gang = Gang(command, args.processes, args.devices)
         try:
-            codes = gang.wait(stop, args.grace)
+            codes = gang.wait(stop, shlex.split(args.stop), args.grace)
         finally:
             gang.signal(signal.SIGKILL)
         if is_done(directory, started) or set(codes) == {errors.EXIT_DONE}:
@@ -130,7 +130,8 @@ def supervise(command, directory, args, stop):
                 say(f"given up, starting again does not help: {gang.last_error(codes)}")
                 return code
         if stop.is_set():
-            return errors.EXIT_PREEMPTED
+            has_saved = set(codes) <= {errors.EXIT_DONE, errors.EXIT_PREEMPTED}
+            return errors.EXIT_PREEMPTED if has_saved else errors.EXIT_RETRYABLE
         step = newest_step(directory)
         if step > furthest:
             furthest, failures = step, 0
@@ -185,6 +186,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--through", default="", help="command that starts llmos on all hosts, and ends with its exit code")
+    parser.add_argument("--stop", default="", help="command that asks the processes to stop; none: SIGTERM to what was started")
     parser.add_argument("--devices", type=int, help="devices of each process: virtual ones on CPU, attached GPUs")
     parser.add_argument("--restarts", type=int, default=3, help="restarts without a new step before it gives up")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds before the first such restart, then doubled")

@@ -92,13 +92,24 @@ def test_asked_to_stop_it_passes_that_on_and_waits(tmp_path):
     process.stderr.close()
 
 
+def test_a_command_may_ask_them_to_stop(tmp_path):
+    """A cluster's launcher may not pass signals on: Slurm's srun ends its tasks."""
+    plan = ["trap '' TERM; touch $RUN/up; while [ ! -e $RUN/asked ]; do sleep 0.05; done; exit 42"]
+    process = supervise(tmp_path, plan, f"--stop=touch {tmp_path}/asked", wait=False)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 42
+    process.stderr.close()
+
+
 def test_what_does_not_leave_is_killed(tmp_path):
     plan = ["trap '' TERM; touch $RUN/up; while true; do sleep 0.05; done"]
     process = supervise(tmp_path, plan, "--grace=0.1", wait=False)
     while not (tmp_path / "up").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 42
+    assert process.wait(timeout=30) == 75  # it has not saved
     assert "ended with -9" in process.stderr.read()
     process.stderr.close()
 
