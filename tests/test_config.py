@@ -15,7 +15,10 @@ from llmos_jax.train.settings import Settings
 
 EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
 GOLDEN = pathlib.Path("tests/golden")
-ARGS = ["", "size=nano,tokenizer=byte,data=corpus.txt", "size=124m", "size=175b", "smoke"]
+ARGS = {
+    "gpt": ["", "size=nano,tokenizer=byte,data=corpus.txt", "size=124m", "size=175b", "smoke"],
+    "moe": ["", "size=8x124m", "size=64x1b,data=corpus.txt", "capacity=1.25,smoke"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,8 +113,7 @@ def test_missing_experiment_is_named():
         load_settings("experiments/gpt.py:size=12m")
 
 
-@pytest.mark.parametrize("arg", ARGS)
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=str)
+@pytest.mark.parametrize(("path", "arg"), [(path, arg) for path in EXPERIMENTS for arg in ARGS[path.stem]], ids=str)
 def test_golden_settings(path, arg, request):
     """A changed default shows up in review: regenerate with `pytest tests/test_config.py --regenerate-golden`."""
     settings, _ = load_settings(f"{path}:{arg}")

