@@ -40,9 +40,8 @@ def naive_frequencies(config, size):
     for pair in range(size // 2):
         frequency = config.base ** (-2 * pair / size)
         wave = 2 * np.pi / frequency
-        if config.scaling == "linear":
-            frequency /= config.factor
-        elif config.scaling == "llama3" and wave > config.original_context / config.low_factor:
+        is_long = config.scaling == "llama3" and wave > config.original_context / config.low_factor
+        if config.scaling == "linear" or is_long:
             frequency /= config.factor
         elif config.scaling == "llama3" and wave >= config.original_context / config.high_factor:
             share = (config.original_context / wave - config.low_factor) / (config.high_factor - config.low_factor)
@@ -151,7 +150,7 @@ def test_sharded_equals_one_device(mesh):
         loss = jax.jit(jax.value_and_grad(lambda p, b, handle=handle: handle.merge(p).loss(b)[0]))
         found.append(jax.tree.map(np.asarray, loss(params, laid)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(np.abs(b).max(), 1e-3)), *found[::-1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * max(np.abs(b).max(), 1e-3)), *found[::-1])
 
 
 @pytest.mark.parametrize(
