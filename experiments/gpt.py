@@ -16,6 +16,7 @@ Options (`--config=experiments/gpt.py:size=124m,data=corpus.txt`):
 from ml_collections import ConfigDict
 
 from llmos_jax.config import parse_arg
+from llmos_jax.data.sources import parse_sources
 from llmos_jax.errors import ConfigError
 
 # width, layers, heads, context, batch (rows), learning rate, steps. GPT-2: its paper, table 2. GPT-3: its table 2.1
@@ -45,7 +46,7 @@ def get_config(arg=""):
     config = ConfigDict()
     config.name = "gpt"
     config.model = dict(name="gpt", width=width, layers=layers, heads=heads, context=context)
-    sources = _sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
+    sources = parse_sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.data = dict(sources=sources, tokenizer=options["tokenizer"], length=context)
     if sources[0]["path"].startswith("stdlib"):
         config.task = dict(name="language", prompts=("def", "import"))
@@ -77,14 +78,3 @@ def get_config(arg=""):
         config.checkpoint = dict(every_steps=8)
         config.data.tokenizer = options["tokenizer"] or "byte"
     return config
-
-
-def _sources(text):
-    sources = []
-    for item in text.split("+"):
-        path, _, weight = item.rpartition("@")
-        try:
-            sources.append(dict(path=path, weight=float(weight)) if path else dict(path=item))
-        except ValueError:
-            raise ConfigError(f"data={item}: what follows the last @ is a weight, a number, not {weight!r}.") from None
-    return sources

@@ -72,6 +72,43 @@ def run_training(settings, directory, *, launched=None, is_own_process=False):
         return summary
 
 
+def plan(settings, topology):
+    """Returns the `compute.planner.Report` of the training step of `settings`, compiled for a machine that need not be here.
+
+    `topology`: its name, as in `compute.topology.topology_devices`. No data is read and nothing is allocated: the batch is
+    known by its shape, the vocabulary by the model's settings or the tokenizer's. Needs the machine's compiler (libtpu).
+
+    Raises ConfigError on a mesh or batch that the machine can't run, DeviceMemoryError on a step that does not fit.
+    """
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is here is left to those who use it
+    from llmos_jax.compute import xla
+    from llmos_jax.compute.planner import make_report
+    from llmos_jax.compute.sharding import make_placement
+    from llmos_jax.compute.topology import topology_devices
+    from llmos_jax.train import compile as step_compile
+    from llmos_jax.train import optim
+    from llmos_jax.train.settings import check_batch
+    from llmos_jax.train.state import describe_model
+
+    placement = make_placement(settings.mesh, topology_devices(topology))
+    task_unit = config.unit("llmos_jax.tasks", settings.task.name)
+    task = task_unit.outline(settings.task, model=settings.model, data=settings.data)
+    settings = dataclasses.replace(settings, model=task.model_config)
+    check_batch(settings, placement)
+    handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    optimizer = optim.make_optimizer(settings.optim, handle.infos)
+    traced, _ = step_compile.trace_step(settings, task.loss, task.fields, handle, optimizer, placement)
+    return make_report(
+        traced,
+        placement.mesh,
+        model_flops=task.flops_per_token * task.tokens_per_row * settings.train.batch_size,
+        wholes=step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row),
+        compiler_options=xla.compiler_options(placement.mesh.devices.flat[0], settings.train.compiler_options),
+    )
+
+
 def load(directory, *, step=None):
     """Returns the LanguageModel of a run directory: its newest verified checkpoint, or that of `step`.
 

@@ -16,6 +16,7 @@ _USAGE = """usage: llmos [VERB] [flags]
 
   train       --config=experiments/NAME.py[:option=value,flag] [--config.path.to.setting=value] [--workdir=DIR]
               (the verb when none is given; going on where the run directory stands)
+  plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
   checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
@@ -65,6 +66,18 @@ def _train(words, values, overrides, launched):
         raise errors.ConfigError(f"--config is missing.\n\n{_USAGE}")
     settings, default_directory = api.load_settings(values.config, overrides)
     api.run_training(settings, values.workdir or default_directory, launched=launched, is_own_process=True)
+
+
+def _plan(words, values, overrides, launched):
+    from llmos_jax.compute import host, planner
+
+    _no_more(words)
+    if not values.config or not values.topology:
+        raise errors.ConfigError(f"plan needs --config and --topology.\n\n{_USAGE}")
+    report = api.plan(api.load_settings(values.config, overrides)[0], values.topology)
+    if values.json:
+        host.write_whole(pathlib.Path(values.json), planner.to_json(report))
+    print(planner.format_report(report))
 
 
 def _generate(words, values, overrides, launched):
@@ -118,7 +131,7 @@ def _checkpoint(words, values, overrides, launched):
         raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")
 
 
-_VERBS = {"train": _train, "generate": _generate, "checkpoint": _checkpoint}
+_VERBS = {"train": _train, "plan": _plan, "generate": _generate, "checkpoint": _checkpoint}
 
 
 def _parse(argv):
@@ -139,6 +152,8 @@ def _parse(argv):
     text = dict(flag_values=values)
     flags.DEFINE_string("config", None, "experiments/NAME.py[:option=value,flag]", **text)
     flags.DEFINE_string("workdir", None, "run directory", **text)
+    flags.DEFINE_string("topology", None, "machine to plan for, as v5p-1024 or v5p:8x8x8", **text)
+    flags.DEFINE_string("json", None, "file for the plan's figures", **text)
     flags.DEFINE_multi_string("prompt", [], "text to continue (repeatable)", **text)
     flags.DEFINE_string("prompt_file", None, "file with one prompt a line", **text)
     for name in ("max_tokens", "temperature", "top_k", "top_p", "seed"):

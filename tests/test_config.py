@@ -17,6 +17,7 @@ EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
 GOLDEN = pathlib.Path("tests/golden")
 ARGS = {
     "gpt": ["", "size=nano,tokenizer=byte,data=corpus.txt", "size=124m", "size=175b", "smoke"],
+    "llama": ["", "size=7b", "size=8b", "size=70b", "smoke"],
     "moe": ["", "size=8x124m", "size=64x1b,data=corpus.txt", "capacity=1.25,smoke"],
 }
 

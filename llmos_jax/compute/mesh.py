@@ -101,11 +101,15 @@ def build_mesh(config, devices=None):
     sizes = mesh_sizes(config, len(devices))
     types = (jax.sharding.AxisType.Auto,) * len(sizes)
     slices = len({getattr(device, "slice_index", 0) for device in devices})
+    # An axis need not be a whole dimension of the torus: a model axis of 4 is half of one that is 8 long.
+    split = dict(allow_split_physical_axes=True)
     if slices == 1:
-        return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=types, devices=devices)
+        laid = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, **split)
+        return jax.sharding.Mesh(laid, tuple(sizes), axis_types=types)
     slow = next((axis for axis in _SLOW_AXES if sizes[axis] % slices == 0), None)
     if slow is None:
         raise ConfigError(f"{slices} slices are attached: set mesh.replica={slices}, so that one axis runs between them.")
     inside = [size // slices if axis == slow else size for axis, size in sizes.items()]
     between = [slices if axis == slow else 1 for axis in sizes]
-    return jax.sharding.Mesh(mesh_utils.create_hybrid_device_mesh(inside, between, devices), tuple(sizes), axis_types=types)
+    laid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, **split)
+    return jax.sharding.Mesh(laid, tuple(sizes), axis_types=types)

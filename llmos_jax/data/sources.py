@@ -30,6 +30,21 @@ class SourceConfig:
     text_key: str = setting("text", help="field that holds the text in jsonl, parquet and TFDS")
 
 
+def parse_sources(text):
+    """Returns the settings of a mixture written as one word, `PATH[@WEIGHT]+PATH[@WEIGHT]`, a list of dicts.
+
+    Raises ConfigError on a weight that is no number.
+    """
+    sources = []
+    for item in text.split("+"):
+        path, _, weight = item.rpartition("@")
+        try:
+            sources.append(dict(path=path, weight=float(weight)) if path else dict(path=item))
+        except ValueError:
+            raise ConfigError(f"data={item}: what follows the last @ is a weight, a number, not {weight!r}.") from None
+    return sources
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One document: its text, and a key that names it and decides its split."""

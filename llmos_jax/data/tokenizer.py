@@ -164,6 +164,12 @@ def train_bpe(texts, vocab_size):
     return BPETokenizer(model)
 
 
+def expected_vocab_size(spec):
+    """Returns how many tokens the tokenizer of setting `data.tokenizer` will have, at most, without any text."""
+    kind, _, size = spec.partition(":")
+    return int(size) if kind == "bpe" and size.isdecimal() else make_tokenizer(spec, ()).vocab_size
+
+
 def make_tokenizer(spec, texts):
     """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE" (trained on `texts`) or a tokenizer.json.
 

@@ -1,51 +1,23 @@
-"""GPT-2 (Radford et al. 2019) and GPT-3's sizes (Brown et al. 2020): learned positions, pre-norm blocks, tied head.
-
-With `experts` every block's MLP is a mixture of experts (`models/moe.py`).
-"""
+"""GPT-2 (Radford et al. 2019) and GPT-3's sizes (Brown et al. 2020): learned positions, pre-norm blocks, tied head."""
 
 import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import head, moe
-from llmos_jax.models.attention import attend, attend_cached
-from llmos_jax.models.layers import LayerNorm, Linear, dropout, fold_key, gelu, parameter
-from llmos_jax.models.stack import EXECUTIONS, REMAT_POLICIES, Stack
-
-# GPT-2's initial standard deviation; residual projections are divided by sqrt(2 x layers).
-_INITIAL_STDDEV = 0.02
+from llmos_jax.models import decoder, moe
+from llmos_jax.models.decoder import INITIAL_STDDEV, residual_stddev
+from llmos_jax.models.layers import LayerNorm, Linear, gelu, parameter
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(decoder.DecoderConfig):
     """Architecture and execution of a GPT."""
 
     name: str = setting("gpt", help="model family", choices=("gpt",))
-    vocab_size: int = setting(0, help="rows of the embedding; 0: the tokenizer's, rounded up to 128", at_least=0)
-    context: int = setting(1024, help="longest sequence, tokens", at_least=1)
-    width: int = setting(768, help="model width", at_least=1)
-    layers: int = setting(12, help="blocks", at_least=1)
-    heads: int = setting(12, help="attention heads", at_least=1)
     mlp: int = setting(0, help="hidden width of the MLP; 0: 4 x width", at_least=0)
-    dropout: float = setting(0.0, help="share of activations dropped in training", at_least=0.0, below=1.0)
-    dtype: str = setting(
-        "auto",
-        help="compute dtype; auto: bfloat16 on accelerators, float32 on CPU",
-        choices=("auto", "float32", "bfloat16"),
-    )
-    attention: str = setting(
-        "auto",
-        help="attention kernel; auto: by platform",
-        choices=("auto", "reference", "blocked", "xla", "cudnn", "splash"),
-    )
-    window: int | None = setting(None, help="attend to this many latest tokens; none: all", at_least=1)
-    execution: str = setting("auto", help="blocks scanned or unrolled; auto: the faster", choices=EXECUTIONS)
-    remat: str = setting("none", help="what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
-    z_loss: float = setting(0.0, help="weight of the squared logsumexp of the logits", at_least=0.0)
     experts: int = setting(0, help="routed MLPs per block (mixture of experts); 0: one dense MLP", at_least=0)
     experts_per_token: int = setting(2, help="routed experts that see a token", at_least=1)
     shared_experts: int = setting(0, help="experts beside the routed ones that see every token", at_least=0)
@@ -57,10 +29,9 @@ class Config:
     router_z_loss: float = setting(0.001, help="weight of the squared logsumexp of the router's logits", at_least=0.0)
 
     def __post_init__(self):
+        super().__post_init__()
         if self.width % self.heads:
             raise ConfigError(f"model.width={self.width} is not divisible by model.heads={self.heads}.")
-        if self.remat != "none" and self.execution == "unroll":
-            raise ConfigError("model.execution=unroll with model.remat: XLA merges the recomputation away; use scan.")
         if self.experts and self.experts_per_token > self.experts:
             raise ConfigError(
                 f"model.experts_per_token={self.experts_per_token} is more than the model.experts={self.experts} there are."
@@ -86,7 +57,7 @@ class Config:
         return self.expert_mlp or self.hidden
 
 
-class Attention(nnx.Module):
+class Attention(decoder.Attention):
     """Multi-head self-attention with one fused projection, heads outermost so that they can be sharded."""
 
     def __init__(self, config, *, rngs):
@@ -96,7 +67,7 @@ class Attention(nnx.Module):
             (heads, 3, size),
             ("embed",),
             ("heads", None, "head_size"),
-            stddev=_INITIAL_STDDEV,
+            stddev=INITIAL_STDDEV,
             rngs=rngs,
         )
         self.output = Linear(
@@ -104,7 +75,7 @@ class Attention(nnx.Module):
             (config.width,),
             ("heads", "head_size"),
             ("embed",),
-            stddev=_residual_stddev(config),
+            stddev=residual_stddev(config),
             rngs=rngs,
         )
         self.window, self.implementation = config.window, config.attention
@@ -114,26 +85,9 @@ class Attention(nnx.Module):
         qkv = self.qkv(x_BLD)
         return qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :]
 
-    def __call__(self, x_BLD, segments_BL, placement):
-        query, key, value = (placement.constrain(z, "batch", "length", "heads", None) for z in self.project(x_BLD))
-        mixed_BLHK = attend(
-            query,
-            key,
-            value,
-            segments_BL=segments_BL,
-            window=self.window,
-            implementation=self.implementation,
-            placement=placement,
-        )
-        return self.output(mixed_BLHK)
 
-
-class Block(nnx.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    With experts its input and output are (x, router statistics [B, R] summed over the blocks so far): the router's losses
-    leave the stack as the activations do, row by row.
-    """
+class Block(decoder.Block):
+    """A block whose MLP is down(gelu(up(x))), or a mixture of experts."""
 
     def __init__(self, config, placement, *, rngs):
         self.attention_norm = LayerNorm(config.width, rngs=rngs)
@@ -144,125 +98,31 @@ class Block(nnx.Module):
             self.experts = _experts(config, placement, rngs)
         else:
             axes = (("embed",), ("mlp",))
-            self.up = Linear((config.width,), (config.hidden,), *axes, stddev=_INITIAL_STDDEV, rngs=rngs)
-            self.down = Linear((config.hidden,), (config.width,), *axes[::-1], stddev=_residual_stddev(config), rngs=rngs)
+            self.up = Linear((config.width,), (config.hidden,), *axes, stddev=INITIAL_STDDEV, rngs=rngs)
+            self.down = Linear((config.hidden,), (config.width,), *axes[::-1], stddev=residual_stddev(config), rngs=rngs)
         self.dropout, self.placement = config.dropout, placement
 
-    def __call__(self, x, segments_BL, key):
-        x_BLD, router_BR = x if self.is_sparse else (x, None)
-        mixed = self.attention(self.attention_norm(x_BLD), segments_BL, self.placement)
-        x_BLD = _residual(self.placement, x_BLD + dropout(mixed, self.dropout, fold_key(key, 0)))
-        if not self.is_sparse:
-            return self._add_mlp(x_BLD, self._mlp(self.mlp_norm(x_BLD)), key)
-        mixed, of_block_BR = self.experts(self.mlp_norm(x_BLD), segments_BL)
-        return self._add_mlp(x_BLD, mixed, key), router_BR + of_block_BR
-
-    def _mlp(self, x_BLD):
+    def transform(self, x_BLD):
+        """Returns the dense MLP of x."""
         return self.down(self.placement.constrain(gelu(self.up(x_BLD)), "batch", "length", "mlp"))
 
-    def _add_mlp(self, x_BLD, mixed_BLD, key=None):
-        return _residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, fold_key(key, 1)))
 
-    def decode(self, x_BLD, cache, start_B, first_B):
-        """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, H, M, K] each.
-
-        Experts take every token whatever `expert_capacity` says: what a capacity drops depends on the rest of the row,
-        which a token that is generated can't know.
-        """
-        query, key, value = self.attention.project(self.attention_norm(x_BLD))
-        cache = tuple(_write(old, new, start_B) for old, new in zip(cache, (key, value), strict=True))
-        mixed = attend_cached(query, *cache, start_B, first_B=first_B, window=self.attention.window)
-        x_BLD = x_BLD + self.attention.output(mixed)
-        h_BLD = self.mlp_norm(x_BLD)
-        mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self._mlp(h_BLD)
-        return self._add_mlp(x_BLD, mixed), cache
-
-
-class GPT(nnx.Module):
-    """A decoder-only language model. Calls are pure; parameters are float32, activations in `dtype`."""
+class GPT(decoder.Decoder):
+    """A decoder with learned positions and a tied head."""
 
     def __init__(self, config, placement, *, rngs):
-        normal = jax.nn.initializers.normal(_INITIAL_STDDEV)
-        self.embedding = parameter(rngs, (config.vocab_size, config.width), ("vocab", "embed"), normal, kind="embedding")
+        self.add_embedding(config, placement, rngs=rngs)
+        normal = jax.nn.initializers.normal(INITIAL_STDDEV)
         self.positions = parameter(rngs, (config.context, config.width), ("positions", "embed"), normal, kind="embedding")
-        self.stack = Stack(
-            lambda rngs: Block(config, placement, rngs=rngs),
-            config.layers,
-            rngs=rngs,
-            placement=placement,
-            execution=config.execution,
-            remat=config.remat,
-        )
+        self.add_stack(lambda rngs: Block(config, placement, rngs=rngs), is_sparse=config.experts > 0, rngs=rngs)
         self.norm = LayerNorm(config.width, rngs=rngs)
-        self.config, self.placement = config, placement
-        self.dtype = _dtype(config, placement)
 
     def embed(self, tokens_BL, positions_BL):
         """Returns the embeddings of tokens at their positions, [B, L, D]."""
-        # Tables that FSDP shards by features are gathered first: else every device would look up everybody's tokens.
-        embedding_VD = self.placement.constrain(self.embedding[...], "vocab", None)
+        # Few rows: gathered first, or every device would look up everybody's positions.
         positions_PD = self.placement.constrain(self.positions[...], "positions", None)
-        x_BLD = jnp.take(embedding_VD, tokens_BL, axis=0) + jnp.take(positions_PD, positions_BL, axis=0)
-        return _residual(self.placement, x_BLD.astype(self.dtype))
-
-    def hidden(self, tokens_BL, positions_BL, segments_BL=None, key=None):
-        """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on.
-
-        Where the placement shards the length, rows are given and returned in `placement.length_order`.
-        """
-        return self._run(tokens_BL, positions_BL, segments_BL, key)[0]
-
-    def _run(self, tokens_BL, positions_BL, segments_BL, key):
-        """Returns (hidden states [B, L, D], router statistics [B, R] summed over blocks or None)."""
-        x_BLD = dropout(self.embed(tokens_BL, positions_BL), self.config.dropout, fold_key(key, self.config.layers))
-        if self.config.experts:
-            router_BR = jnp.zeros((x_BLD.shape[0], len(moe.ROUTER_STATISTICS)), jnp.float32)
-            x_BLD, router_BR = self.stack((x_BLD, router_BR), segments_BL, key)
-        else:
-            x_BLD, router_BR = self.stack(x_BLD, segments_BL, key), None
-        return self.placement.constrain(self.norm(x_BLD), "batch", "length", None), router_BR
-
-    def loss(self, batch, key=None):
-        """Returns (loss_sum, {name: sum}) over the weighted targets of a batch (see `head.cross_entropy`).
-
-        Sums: nll, accuracy, and with experts the router's statistics (`moe.ROUTER_STATISTICS`), means over blocks that
-        count a row by the weight of its targets. The router's losses are added in the same way, those of all blocks.
-        """
-        hidden_BLD, router_BR = self._run(batch["tokens"], batch["positions"], batch.get("segments"), key)
-        total, nll, correct = head.cross_entropy(
-            hidden_BLD,
-            self.embedding[...],
-            batch["targets"],
-            batch["weights"],
-            z_loss=self.config.z_loss,
-            placement=self.placement,
-        )
-        sums = {"nll": nll, "accuracy": correct}
-        if router_BR is None:
-            return total, sums
-        router_R = (router_BR * batch["weights"].sum(1, keepdims=True)).sum(0)
-        router = dict(zip(moe.ROUTER_STATISTICS, router_R, strict=True))
-        total += self.config.router_balance * router["balance"] + self.config.router_z_loss * router["z"]
-        return total, sums | {f"router_{name}": value / self.config.layers for name, value in router.items()}
-
-    def logits(self, hidden_BLD):
-        """Returns the logits [B, L, V] of hidden states, float32."""
-        weight_VD = self.embedding[...].astype(hidden_BLD.dtype)
-        return jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
-
-    def decode(self, tokens_BL, blocks, cache, start_B, first_B):
-        """Returns (hidden [B, L, D], cache): L new tokens in cache slots start..start+L-1 of every row.
-
-        `blocks`: `stack.bind(layers)`; `cache`: one (key, value) pair a layer; first_B: the first slot that holds a token of
-        the row (rows are padded on the left), so positions count from there.
-        """
-        slots_BL = start_B[:, None] + jnp.arange(tokens_BL.shape[1])
-        x_BLD = self.embed(tokens_BL, jnp.maximum(slots_BL - first_B[:, None], 0))
-        written = []
-        for block, layer_cache in zip(blocks, cache, strict=True):
-            x_BLD, layer_cache = block.decode(x_BLD, layer_cache, start_B, first_B)
-            written.append(layer_cache)
-        return self.norm(x_BLD), written
+        x_BLD = super().embed(tokens_BL, positions_BL).astype(jnp.float32) + jnp.take(positions_PD, positions_BL, axis=0)
+        return decoder.residual(self.placement, x_BLD.astype(self.dtype))
 
 
 def build(config, placement, *, rngs):
@@ -270,16 +130,12 @@ def build(config, placement, *, rngs):
 
     Raises ConfigError when heads or mlp can't be laid over the model axis, or experts over theirs.
     """
-    sizes = [("heads", config.heads, "heads")]
+    sizes = dict(heads=(config.heads, "heads"))
     if config.experts:
-        sizes += [("experts", config.experts, "experts"), ("expert_mlp", config.expert_hidden, "mlp")]
+        sizes |= dict(experts=(config.experts, "experts"), expert_mlp=(config.expert_hidden, "mlp"))
     else:
-        sizes += [("mlp", config.hidden, "mlp")]
-    for name, size, axis in sizes:
-        shards = placement.axis_size(axis)
-        if size % shards:
-            over = "expert" if axis == "experts" else "model"
-            raise ConfigError(f"model.{name}={size} is not divisible by mesh.{over}={shards}: change one of them.")
+        sizes |= dict(mlp=(config.hidden, "mlp"))
+    decoder.check_shards(placement, **sizes)
     return GPT(config, placement, rngs=rngs)
 
 
@@ -314,10 +170,6 @@ def flops_per_token(config, length):
     return 6 * weights + 12 * config.layers * config.width * min(length, config.window or length)
 
 
-def _residual(placement, x_BLD):
-    return placement.constrain(x_BLD, "batch", "residual_length", None)
-
-
 def _experts(config, placement, rngs):
     return moe.MixtureOfExperts(
         config.width,
@@ -326,27 +178,8 @@ def _experts(config, placement, rngs):
         per_token=config.experts_per_token,
         shared=config.shared_experts,
         capacity=config.expert_capacity,
-        stddev=_INITIAL_STDDEV,
-        output_stddev=_residual_stddev(config),
+        stddev=INITIAL_STDDEV,
+        output_stddev=residual_stddev(config),
         placement=placement,
         rngs=rngs,
-    )
-
-
-def _residual_stddev(config):
-    return _INITIAL_STDDEV / (2 * config.layers) ** 0.5
-
-
-def _dtype(config, placement):
-    if config.dtype != "auto":
-        return jnp.dtype(config.dtype)
-    return jnp.dtype(jnp.float32 if placement.platform == "cpu" else jnp.bfloat16)
-
-
-def _write(cache_BHMK, new_BLHK, start_B):
-    new_BHLK = new_BLHK.swapaxes(1, 2).astype(cache_BHMK.dtype)
-    if new_BHLK.shape[2] == cache_BHMK.shape[2]:
-        return new_BHLK
-    return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0)))(
-        cache_BHMK, new_BHLK, start_B
     )

@@ -1,6 +1,7 @@
 """The output head fused with its cross-entropy: logits exist one chunk at a time, forward and backward."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ _CHUNK_ELEMENTS = 2**25
 def chunk_length(rows, length, vocab_size, shards=1, length_shards=1):
     """Returns into pieces of how many positions rows of `length` are cut: the largest divisor that fits the budget.
 
-    `shards`: over how many devices rows, vocabulary and length are laid; the budget is per device. `length_shards`: those
-    of the length; every piece holds an equal part of each.
+    `shards`: over how many devices rows, vocabulary and length of the logits are laid; the budget is per device.
+    `length_shards`: over how many the length of the hidden states is; every piece holds an equal part of each.
     """
     fits = max(1, _CHUNK_ELEMENTS * shards // (rows * vocab_size * length_shards))
     local = length // length_shards
@@ -33,38 +34,42 @@ def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, 
     """
     rows, length, _ = hidden_BLD.shape
     if chunk is None:
-        length_shards = _length_shards(placement)
-        shards = length_shards * placement.axis_size("batch") * placement.axis_size("vocab") if placement else 1
-        chunk = chunk_length(rows, length, weight_VD.shape[0], shards, length_shards)
+        shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
+        chunk = chunk_length(rows, length, weight_VD.shape[0], shards, _length_shards(length, placement))
     return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+    weight_VD = _laid(placement, weight_VD, "vocab", None)
+
     def add(sums, piece):
+        piece = _gathered(piece, placement)
         _, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
         return jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement)), None
 
-    return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk, _length_shards(placement))[0]
+    return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk, placement)[0]
 
 
 def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+    gathered_VD = _laid(placement, weight_VD, "vocab", None)  # what FSDP shards: once, not for every chunk
+
     def add(carry, piece):
         sums, dweight_VD = carry
-        hidden_BCD, targets_BC, weights_BC = piece
-        columns, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
+        hidden_BCD, targets_BC, weights_BC = piece = _gathered(piece, placement)
+        columns, logits, exponentials, total, lse = _softmax_parts(piece, gathered_VD, placement)
         sums = jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement))
         scale = weights_BC[..., None] * (1 + 2 * z_loss * lse) / total
         dlogits = exponentials * scale - jnp.where(columns == targets_BC[..., None], weights_BC[..., None], 0)
         dlogits = dlogits.astype(hidden_BCD.dtype)
         # The head is `hidden @ weight.T`; its gradient in the weight takes the same platform-aware form as a Linear's.
-        _, pullback = jax.vjp(lambda h, w: matmul(h, w.T), hidden_BCD, weight_VD)
+        _, pullback = jax.vjp(lambda h, w: matmul(h, w.T), hidden_BCD, gathered_VD)
         dhidden_BCD, piece_dweight_VD = pullback(dlogits)
-        return (sums, dweight_VD + piece_dweight_VD), dhidden_BCD
+        return (sums, dweight_VD + piece_dweight_VD), _laid(placement, dhidden_BCD, "batch", "residual_length", None)
 
     start = ((jnp.float32(0),) * 3, jnp.zeros_like(weight_VD, jnp.float32))
     arrays = (hidden_BLD, targets_BL, weights_BL)
-    (sums, dweight_VD), dhidden_BLD = _over_chunks(add, start, arrays, chunk, _length_shards(placement))
+    (sums, dweight_VD), dhidden_BLD = _over_chunks(add, start, arrays, chunk, placement)
     return sums, (dhidden_BLD, dweight_VD.astype(weight_VD.dtype))
 
 
@@ -77,11 +82,20 @@ def _backward(z_loss, placement, chunk, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def _laid(placement, x, *axes):
+    return x if placement is None else placement.constrain(x, *axes)
+
+
+def _gathered(piece, placement):
+    """Returns a piece with all of its positions' hidden states on every device that holds a part of the vocabulary."""
+    hidden_BCD, *rest = piece
+    return _laid(placement, hidden_BCD, "batch", "length", None), *rest
+
+
 def _softmax_parts(piece, weight_VD, placement):
     hidden_BCD = piece[0]
     logits = jnp.einsum("BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32)
-    if placement is not None:
-        logits = placement.constrain(logits, "batch", "length", "vocab")
+    logits = _laid(placement, logits, "batch", "length", "vocab")
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     largest = logits.max(-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
@@ -89,8 +103,10 @@ def _softmax_parts(piece, weight_VD, placement):
     return columns, logits, exponentials, total, largest + jnp.log(total)
 
 
-def _length_shards(placement):
-    return placement.axis_size("length") if placement else 1
+def _length_shards(length, placement):
+    """Returns over how many shards hidden states of this length are laid (see `Placement.constrain`)."""
+    shards = placement.axis_size("residual_length") if placement else 1
+    return shards if length % shards == 0 else placement.axis_size("length")
 
 
 def _sums(logits, lse, piece, z_loss, placement):
@@ -107,13 +123,13 @@ def _sums(logits, lse, piece, z_loss, placement):
     return nll_sum + penalty, nll_sum, (is_correct[..., 0] * weights_BC).sum()
 
 
-def _over_chunks(function, carry, arrays, chunk, shards=1):
+def _over_chunks(function, carry, arrays, chunk, placement):
     """Scans `function(carry, piece)` over pieces of `chunk` positions; outputs are joined along the length again.
 
     Where the length is sharded, every piece takes an equal part of each shard: no device waits for the others' pieces.
     """
     rows, length = arrays[0].shape[:2]
-    count = length // chunk
+    count, shards = length // chunk, _length_shards(length, placement)
     if count == 1:
         return function(carry, arrays)
 

@@ -1,17 +1,22 @@
-"""Layers shared by every model family: linear maps, layer norm, GELU, dropout.
+"""Layers shared by every model family: linear maps, norms, activations, rotary positions, dropout.
 
 Parameters carry the logical axes of their dimensions as metadata (`axes`), which `compute/sharding.py` turns into a
 layout. Parameters are float32; layers compute in the dtype of their input. Several backward passes are written by hand
 because the automatic ones keep more activations, or on XLA:CPU miss the fast matrix library.
 """
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
+
+from llmos_jax.config import setting
+from llmos_jax.errors import ConfigError
 
 
 def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
@@ -25,22 +30,61 @@ def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
     return nnx.Param(initializer(rngs.params(), shape, jnp.float32), axes=tuple(axes), kind=kind, inputs=inputs)
 
 
+def lookup(table_VD, tokens_BL, placement, dtype):
+    """Returns the rows of an embedding table for tokens, [B, L, D] in `dtype`, positions sharded as the residual stream.
+
+    Where the vocabulary is sharded, every device looks up what its own rows of the table hold, and a reduce-scatter (of
+    sums of which one term is not zero: exact in any dtype) brings every position home. The compiler's own choice is to
+    gather the whole table, and to sum its whole gradient over all devices. Features that FSDP shards are gathered.
+    """
+    table_VD = placement.constrain(table_VD, "vocab", None)
+    shards = placement.axis_size("vocab")
+    if shards == 1 or table_VD.shape[0] % shards:
+        rows_BLD = jnp.take(table_VD, tokens_BL, axis=0).astype(dtype)
+        return placement.constrain(rows_BLD, "batch", "residual_length", None)
+    batch, length, residual = (
+        axis if size % placement.axis_size(axis) == 0 else None
+        for axis, size in zip(("batch", "length", "residual_length"), (*tokens_BL.shape, tokens_BL.shape[1]), strict=True)
+    )
+    summed = placement.mesh_axes("vocab")
+    scattered = [axis for axis in placement.mesh_axes(residual) if axis in summed and axis not in placement.mesh_axes(length)]
+    if set(placement.mesh_axes(residual)) != set(placement.mesh_axes(length)) | set(scattered):
+        scattered, residual = [], length  # positions would have to be cut over an axis along which nothing is summed
+    whole = [axis for axis in summed if axis not in scattered]
+
+    def local(table_VD, tokens_BL):
+        rows = table_VD.shape[0]
+        index_BL = tokens_BL - rows * lax.axis_index(summed)
+        is_here = (index_BL >= 0) & (index_BL < rows)
+        found_BLD = jnp.take(table_VD, jnp.clip(index_BL, 0, rows - 1), axis=0).astype(dtype)
+        found_BLD = jnp.where(is_here[..., None], found_BLD, 0)
+        for axis in scattered:
+            found_BLD = lax.psum_scatter(found_BLD, axis, scatter_dimension=1, tiled=True)
+        return lax.psum(found_BLD, whole) if whole else found_BLD
+
+    specs = placement.spec("vocab", None), placement.spec(batch, length)
+    summed_lookup = jax.shard_map(local, mesh=placement.mesh, in_specs=specs, out_specs=placement.spec(batch, residual, None))
+    return summed_lookup(table_VD, tokens_BL)
+
+
 class Linear(nnx.Module):
     """Affine map from the last `len(in_shape)` dimensions of its input to `out_shape`.
 
-    `weight` is [*in_shape, *out_shape], `bias` [*out_shape]. Multi-dimensional shapes keep heads a dimension of their
+    `weight` is [*in_shape, *out_shape], `bias`, if any, [*out_shape]. Multi-dimensional shapes keep heads a dimension of their
     own, so that they can be sharded by name.
     """
 
-    def __init__(self, in_shape, out_shape, in_axes, out_axes, *, stddev, rngs):
+    def __init__(self, in_shape, out_shape, in_axes, out_axes, *, stddev, rngs, has_bias=True):
         normal = jax.nn.initializers.normal(stddev)
         shape, axes = (*in_shape, *out_shape), (*in_axes, *out_axes)
         self.weight = parameter(rngs, shape, axes, normal, kind="matrix", inputs=len(in_shape))
-        self.bias = parameter(rngs, tuple(out_shape), out_axes, jax.nn.initializers.zeros)
-        self.contracted = len(in_shape)
+        if has_bias:
+            self.bias = parameter(rngs, tuple(out_shape), out_axes, jax.nn.initializers.zeros)
+        self.contracted, self.has_bias = len(in_shape), has_bias
 
     def __call__(self, x):
-        return matmul(x, self.weight[...], self.contracted) + self.bias[...].astype(x.dtype)
+        y = matmul(x, self.weight[...], self.contracted)
+        return y + self.bias[...].astype(x.dtype) if self.has_bias else y
 
 
 class LayerNorm(nnx.Module):
@@ -53,6 +97,17 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x):
         return layer_norm(x, self.scale[...], self.bias[...], self.epsilon)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root mean square of the last dimension (Zhang & Sennrich 2019), statistics in float32."""
+
+    def __init__(self, size, *, rngs, epsilon=1e-5):
+        self.scale = parameter(rngs, (size,), ("norm",), jax.nn.initializers.ones)
+        self.epsilon = epsilon
+
+    def __call__(self, x):
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -71,7 +126,8 @@ def _contract(x, weight, contracted):
 
 
 def _matmul_forward(x, weight, contracted):
-    return matmul(x, weight, contracted), (x, weight)
+    # Not by `matmul`: rematerialisation policies look for the product itself.
+    return _contract(x, weight.astype(x.dtype), contracted), (x, weight)
 
 
 def _matmul_backward(contracted, residuals, g):
@@ -139,6 +195,30 @@ def _layer_norm_backward(epsilon, residuals, g):
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rms_norm(x, scale, epsilon):
+    """Returns x / rms(x) * scale over its last dimension, in x's dtype; keeps x and 1/rms for the backward pass."""
+    return _rms_norm_forward(x, scale, epsilon)[0]
+
+
+def _rms_norm_forward(x, scale, epsilon):
+    wide = x.astype(jnp.float32)
+    inverse = lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + epsilon)
+    return (wide * inverse * scale).astype(x.dtype), (x, scale, inverse)
+
+
+def _rms_norm_backward(epsilon, residuals, g):
+    x, scale, inverse = residuals
+    g = g.astype(jnp.float32)
+    normalised = x.astype(jnp.float32) * inverse
+    scaled = g * scale
+    dx = inverse * (scaled - normalised * (scaled * normalised).mean(-1, keepdims=True))
+    return dx.astype(x.dtype), (g * normalised).sum(tuple(range(g.ndim - 1)))
+
+
+rms_norm.defvjp(_rms_norm_forward, _rms_norm_backward)
+
 _GELU_SCALE = math.sqrt(2 / math.pi)
 _GELU_CUBIC = 0.044715
 
@@ -156,6 +236,63 @@ def _gelu_backward(x, g):
 
 
 gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
+@jax.custom_vjp
+def swiglu(x):
+    """Returns silu(x[..., 0, :]) * x[..., 1, :] (Shazeer 2020); keeps only x for the backward pass."""
+    return jax.nn.silu(x[..., 0, :]) * x[..., 1, :]
+
+
+def _swiglu_backward(x, g):
+    gate, up = x[..., 0, :], x[..., 1, :]
+    sigmoid = jax.nn.sigmoid(gate)
+    dgate = g * up * sigmoid * (1 + gate * (1 - sigmoid))
+    return (jnp.stack([dgate, g * gate * sigmoid], -2),)
+
+
+swiglu.defvjp(lambda x: (swiglu(x), x), _swiglu_backward)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021): base of the wave lengths, and how they are stretched beyond the trained context.
+
+    linear: every wave `factor` times as long (Chen et al. 2023). llama3: waves longer than `original_context / low_factor`
+    are, those shorter than `original_context / high_factor` are not, those between in part (Dubey et al. 2024).
+    """
+
+    base: float = setting(10_000.0, help="the longest wave is about this many positions x 2 pi", above=1.0)
+    scaling: str = setting("none", help="stretching of wave lengths", choices=("none", "linear", "llama3"))
+    factor: float = setting(8.0, help="of the stretching", at_least=1.0)
+    low_factor: float = setting(1.0, help="llama3: waves of the original context / this and longer are stretched", above=0.0)
+    high_factor: float = setting(4.0, help="llama3: waves of the original context / this and shorter are not", above=0.0)
+    original_context: int = setting(8192, help="llama3: context before the stretching, tokens", at_least=1)
+
+    def __post_init__(self):
+        if self.low_factor >= self.high_factor:
+            raise ConfigError(f"rope.low_factor={self.low_factor} must be below rope.high_factor={self.high_factor}.")
+
+
+def rope_frequencies(config, head_size):
+    """Returns the angle per position of each pair of a head's features, float64 [K / 2]."""
+    frequencies = config.base ** (-np.arange(0, head_size, 2) / head_size)
+    if config.scaling == "linear":
+        return frequencies / config.factor
+    if config.scaling == "llama3":
+        waves_in_context = config.original_context * frequencies / (2 * np.pi)
+        kept = (waves_in_context - config.low_factor) / (config.high_factor - config.low_factor)
+        kept = np.clip(kept, 0.0, 1.0)
+        return frequencies * (kept + (1 - kept) / config.factor)
+    return frequencies
+
+
+def rotate(x_BLHK, rotation):
+    """Returns x with the pairs (k, k + K / 2) of every head's features turned by `rotation` = (cosine, sine) [B, L, K / 2]."""
+    cosine, sine = (part[:, :, None] for part in rotation)
+    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
+    return turned.astype(x_BLHK.dtype)
 
 
 def dropout(x, rate, key):

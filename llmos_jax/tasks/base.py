@@ -1,7 +1,8 @@
 """The Task contract: all that the training loop and the evaluator know of what they optimise.
 
-A task is a module of this package with a `Config` dataclass and `build(config, *, model, data, batch_size, seed)` that
-returns a `Task`. The loop knows nothing of text, images or sound; a task knows nothing of devices or optimizers.
+A task is a module of this package with a `Config` dataclass, `build(config, *, model, data, batch_size, seed)` that
+returns a `Task`, and `outline(config, *, model, data)` that returns what of it is known without any data. The loop knows
+nothing of text, images or sound; a task knows nothing of devices or optimizers.
 """
 
 import dataclasses
@@ -35,6 +36,19 @@ class Evaluation:
     rows: Callable[[int, int, int], Mapping[str, Any]]
     measure: Callable[[Any, Mapping[str, Any]], Mapping[str, Any]]
     summarise: Callable[[Mapping[str, float]], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """What of a Task is known before its data is there: enough to compile its training step (fields as in `Task`)."""
+
+    model: Callable[..., Any]
+    model_config: Any
+    fields: Mapping[str, Field]
+    loss: Callable[[Any, Mapping[str, Any], Any], tuple]
+    tokens_per_row: int
+    flops_per_token: float
+    parameter_count: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 from llmos_jax.config import setting, unit
 from llmos_jax.data.loader import Loader
 from llmos_jax.data.prepare import prepare
+from llmos_jax.data.tokenizer import expected_vocab_size
 from llmos_jax.errors import ConfigError
-from llmos_jax.tasks.base import Evaluation, Field, Task
+from llmos_jax.tasks.base import Evaluation, Field, Outline, Task
 
 # Vocabularies are rounded up to this, so that they divide over any sensible model axis and fill matrix units.
 _VOCAB_MULTIPLE = 128
@@ -38,7 +39,42 @@ def build(config, *, model, data, batch_size, seed, log=print):
     Raises ConfigError when the model's vocabulary or context is too small for the data or for the prompts.
     """
     prepared = prepare(data, log=log)
-    vocab_size = prepared.tokenizer.vocab_size
+    known = _outline(model, data, prepared.tokenizer.vocab_size)
+    model = known.model_config
+    for prompt in config.prompts:
+        # As a prompt is fed: behind the end-of-text token, with room for one more. Found at the end, it would cost the run.
+        tokens = 1 + len(prepared.tokenizer.encode(prompt))
+        if tokens >= model.context:
+            raise ConfigError(
+                f"task.prompts: {prompt[:40]!r} has {tokens} tokens, and model.context={model.context}; shorten it."
+            )
+    train = Loader(prepared, "train", batch_size=batch_size, seed=seed)
+    validation = _validation(config, prepared, batch_size, seed)
+    # gzip saw all validation text: it is a yardstick only when the evaluation does, too.
+    is_whole = config.evaluation_batches is None
+    baselines = {"gzip -9 bits per byte": 8 * prepared.validation_gzip_bytes / prepared.validation_bytes} if is_whole else {}
+    return Task(
+        **vars(known),
+        batch_size=batch_size,
+        rows=train.rows,
+        evaluations=(validation,),
+        identity=train.identity,
+        check_identity=train.check_identity,
+        artifacts={"tokenizer.json": json.dumps(prepared.tokenizer.to_json())},
+        tokenizer=prepared.tokenizer,
+        prompts=config.prompts,
+        sample_tokens=config.sample_tokens,
+        temperature=config.temperature,
+        baselines=baselines,
+    )
+
+
+def outline(config, *, model, data):
+    """Returns the Outline of what `build` would return: the vocabulary's size is taken from the tokenizer's setting."""
+    return _outline(model, data, expected_vocab_size(data.tokenizer) if model.vocab_size == 0 else 0)
+
+
+def _outline(model, data, vocab_size):
     if model.vocab_size == 0:
         model = dataclasses.replace(model, vocab_size=-(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE)
     if model.vocab_size < vocab_size:
@@ -50,21 +86,9 @@ def build(config, *, model, data, batch_size, seed, log=print):
             f"model.context={model.context} is shorter than the records' data.length={data.length}; "
             "raise one or lower the other."
         )
-    for prompt in config.prompts:
-        # As a prompt is fed: behind the end-of-text token, with room for one more. Found at the end, it would cost the run.
-        tokens = 1 + len(prepared.tokenizer.encode(prompt))
-        if tokens >= model.context:
-            raise ConfigError(
-                f"task.prompts: {prompt[:40]!r} has {tokens} tokens, and model.context={model.context}; shorten it."
-            )
     family = unit("llmos_jax.models", model.name)
-    train = Loader(prepared, "train", batch_size=batch_size, seed=seed)
     tokens = Field(np.int32, (data.length,), ("batch", "length"))
-    validation = _validation(config, prepared, batch_size, seed)
-    # gzip saw all validation text: it is a yardstick only when the evaluation does, too.
-    is_whole = config.evaluation_batches is None
-    baselines = {"gzip -9 bits per byte": 8 * prepared.validation_gzip_bytes / prepared.validation_bytes} if is_whole else {}
-    return Task(
+    return Outline(
         model=functools.partial(family.build, model),
         model_config=model,
         fields={
@@ -75,21 +99,10 @@ def build(config, *, model, data, batch_size, seed, log=print):
             "weights": dataclasses.replace(tokens, dtype=np.float32),
             "target_bytes": Field(np.int32, (), ("batch",)),
         },
-        batch_size=batch_size,
-        rows=train.rows,
         loss=loss,
-        evaluations=(validation,),
         tokens_per_row=data.length,
         flops_per_token=family.flops_per_token(model, data.length),
         parameter_count=family.parameter_count(model),
-        identity=train.identity,
-        check_identity=train.check_identity,
-        artifacts={"tokenizer.json": json.dumps(prepared.tokenizer.to_json())},
-        tokenizer=prepared.tokenizer,
-        prompts=config.prompts,
-        sample_tokens=config.sample_tokens,
-        temperature=config.temperature,
-        baselines=baselines,
     )
 
 

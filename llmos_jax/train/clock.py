@@ -43,10 +43,6 @@ class SharedClock:
         rows = np.repeat(row, self._rows, axis=0)
         return jax.make_array_from_callback(rows.shape, self._sharding, lambda index: rows[index])
 
-    def abstract(self):
-        """Returns the shape of `reading`, for compilation."""
-        return jax.ShapeDtypeStruct((self._rows, 2), jnp.float32, sharding=self._sharding)
-
     def came_back(self, reading):
         """Takes the reading that a step handed back."""
         self._agreed = np.asarray(reading)
@@ -54,6 +50,11 @@ class SharedClock:
     def was_saved(self):
         """A save answers what was due before it."""
         self._agreed = self._agreed * np.array([1, 0], np.float32)
+
+
+def abstract_reading(mesh):
+    """Returns the shape of a SharedClock's `reading`, for compilation."""
+    return jax.ShapeDtypeStruct((mesh.size, 2), jnp.float32, sharding=device_rows(mesh))
 
 
 def with_reading(step, mesh):

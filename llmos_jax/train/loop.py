@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from llmos_jax.compute import devices, distributed, host, memory
+from llmos_jax.compute import devices, distributed, host, memory, xla
 from llmos_jax.compute.faults import Faults
 from llmos_jax.compute.watchdog import Watchdog
 from llmos_jax.config import to_plain
@@ -24,12 +24,12 @@ from llmos_jax.tasks.base import make_batch
 from llmos_jax.train import guard, optim
 from llmos_jax.train import state as states
 from llmos_jax.train.checkpoint import Checkpointer
-from llmos_jax.train.clock import READING, SharedClock, with_reading
+from llmos_jax.train.clock import READING, SharedClock
+from llmos_jax.train.compile import state_parts, trace_step
 from llmos_jax.train.fingerprint import ReplicaCheck
 from llmos_jax.train.metrics import MetricsWriter, Progress, ThroughputMeter, TimeAccount
 from llmos_jax.train.preemption import Preemption
 from llmos_jax.train.settings import check_batch
-from llmos_jax.train.step import make_step
 
 CHECKPOINTS = "checkpoints"
 
@@ -129,7 +129,7 @@ def train(
         return _train(run, evaluate(handle), sample(handle), initial_params, launched)
     except Exception as error:
         if memory.is_out_of_memory(error):
-            parts = _parts(run)
+            parts = state_parts(_abstract(run))
             limit = memory.device_limit_bytes(jax.local_devices()[0]) or 0
             raise DeviceMemoryError(memory.explain(sum(parts.values()), parts, limit)) from error
         if distributed.count() > 1 and not isinstance(error, Preempted):
@@ -297,25 +297,10 @@ def _is_due(every, position):
 
 def _compile(run):
     """Returns the compiled step, having checked that it fits the device."""
-    settings, task, placement = run.settings, run.task, run.placement
-    step = make_step(
-        task.loss,
-        run.handle,
-        run.optimizer,
-        settings.optim,
-        seed=settings.seed,
-        steps=settings.train.steps,
-        microbatches=settings.train.microbatches,
-    )
-    abstract = _abstract(run)
-    batch = {
-        name: jax.ShapeDtypeStruct((task.batch_size, *field.shape), field.dtype, sharding=placement.sharding(*field.axes))
-        for name, field in task.fields.items()
-    }
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, abstract), placement.sharding())
-    step = jax.jit(with_reading(step, placement.mesh), donate_argnums=0, out_shardings=shardings)
-    compiled = step.lower(abstract, batch, run.clock.abstract()).compile()
-    memory.check_fit(compiled, _parts(run), memory.device_limit_bytes(jax.local_devices()[0]))
+    traced, state = trace_step(run.settings, run.task.loss, run.task.fields, run.handle, run.optimizer, run.placement)
+    device = jax.local_devices()[0]
+    compiled = traced.lower().compile(xla.compiler_options(device, run.settings.train.compiler_options))
+    memory.check_fit(compiled, state_parts(state), memory.device_limit_bytes(device))
     return compiled
 
 
@@ -372,12 +357,6 @@ def _require_saved(run, position):
 
 def _abstract(run):
     return states.abstract_state(run.handle, run.optimizer, run.placement, with_ema=run.settings.optim.ema is not None)
-
-
-def _parts(run):
-    abstract = _abstract(run)
-    groups = {"parameters": abstract.params, "optimizer": abstract.optimizer, "averaged weights": abstract.ema}
-    return {name: memory.bytes_per_device(tree) for name, tree in groups.items() if tree is not None}
 
 
 def _dtype_name(run):

@@ -30,6 +30,7 @@ class TrainConfig:
     )
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
     init_from: str | None = setting(None, help="run directory whose parameters are the start")
+    compiler_options: dict[str, str] = setting({}, help="of XLA, over those that compute/xla.py has for the device; none: not")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
 
     def __post_init__(self):
