@@ -71,7 +71,9 @@ def get_config(arg=""):
         config.train.update(evaluate_every_steps=1000, log_every_steps=20)
         config.checkpoint = dict(every_seconds=1800.0)
     if options["smoke"]:
-        config.model.update(width=32, layers=2, heads=2, context=64, remat="none", experts=4, experts_per_token=2, expert_mlp=32)
+        config.model.update(
+            width=32, layers=2, heads=2, context=64, remat="none", experts=4, experts_per_token=2, expert_mlp=32
+        )
         config.data.update(length=64, tokenizer="byte", validation_fraction=0.1)
         config.train.update(batch_size=8, steps=12, max_seconds=None, log_every_steps=4, evaluate_every_steps=8)
         config.train.sample_every_steps = None

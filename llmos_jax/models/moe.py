@@ -21,14 +21,12 @@ from flax import nnx
 from jax import lax
 
 from llmos_jax.errors import ConfigError
+from llmos_jax.models.grouped_matmul import Product, grouped_matmul
 from llmos_jax.models.layers import Linear, gelu, parameter
 
 # What the router tells of each row, in the order of the dimension R: load-balance loss, z-loss, share of the busiest
 # expert, share of copies that were dropped; means over the row's tokens (padding excepted).
 ROUTER_STATISTICS = ("balance", "z", "busiest_share", "dropped_share")
-# Rows of one product on XLA:CPU, where `ragged_dot` multiplies every row with every expert: 10 times slower with 8 experts.
-# With few tokens (decoding) less, but two: products with one row miss the fast library.
-_CPU_BLOCK_ROWS = (2, 64)
 
 
 class MixtureOfExperts(nnx.Module):
@@ -36,13 +34,15 @@ class MixtureOfExperts(nnx.Module):
 
     capacity: None is dropless; a number c lets every expert take at most ceil(c x L x per_token / experts) copies of a row
     of L tokens: the first choices of all tokens before the second ones, in the order of positions. is_gated: SwiGLU in place of
-    GELU (Shazeer 2020). The experts have no biases, as in Switch, Mixtral and DeepSeek.
+    GELU (Shazeer 2020). The experts have no biases, as in Switch, Mixtral and DeepSeek. Raises ConfigError when the mesh's
+    rules lay experts where tokens can't be exchanged.
     """
 
     def __init__(
         self, width, hidden, *, experts, per_token, stddev, output_stddev, placement, rngs,
         shared=0, capacity=None, is_gated=False,
     ):  # fmt: skip
+        _check_rules(placement)
         normal, out = jax.nn.initializers.normal(stddev), jax.nn.initializers.normal(output_stddev)
         up, down = ("experts", "expert_embed", "mlp"), ("experts", "mlp", "expert_embed")
         self.router = parameter(rngs, (width, experts), ("embed", None), normal, kind="matrix", inputs=1)
@@ -176,8 +176,7 @@ def _mix(x_BLD, gates_BLJ, chosen_BLJ, weights, capacity, placement):
     if placement.mesh.size == 1:
         local = _Local(experts, capacity=capacity, platform=placement.platform)
         return _mix_local(x_BLD, gates_BLJ, chosen_BLJ, weights, local)
-    axes = {name: _wide(placement, name) for name in ("batch", "length", "residual_length", "experts", "mlp", "expert_embed")}
-    _check_rules(axes)
+    axes = _wide_axes(placement)
     rows, length = x_BLD.shape[:2]
     is_sharded = rows % placement.axis_size("batch") == 0 and length % placement.axis_size("length") == 0
     row_axes = ("batch", "length") if is_sharded else (None, None)
@@ -203,12 +202,14 @@ def _mix(x_BLD, gates_BLJ, chosen_BLJ, weights, capacity, placement):
     )(x_BLD, gates_BLJ, chosen_BLJ, weights)
 
 
-def _wide(placement, logical):
-    """Returns the mesh axes of a logical axis that have more than one device."""
-    return tuple(name for name in placement.mesh_axes(logical) if placement.mesh.shape[name] > 1)
+def _wide_axes(placement):
+    """Returns {logical axis: mesh axes of more than one device that it is laid over}."""
+    logical = ("batch", "length", "residual_length", "experts", "mlp", "expert_embed")
+    return {axis: tuple(name for name in placement.mesh_axes(axis) if placement.mesh.shape[name] > 1) for axis in logical}
 
 
-def _check_rules(axes):
+def _check_rules(placement):
+    axes = _wide_axes(placement)
     if not set(axes["experts"]) <= set(axes["batch"]):
         raise ConfigError(
             f"mesh.rules lay experts over {axes['experts']} and batch over {axes['batch']}: tokens are exchanged between "
@@ -245,16 +246,16 @@ def _dropless(x_BLD, gates_BLJ, chosen_BLJ, weights, local):
     experts = local.experts * (local.shards if local.is_exchanged else 1)
     chosen_T = chosen_BLJ.reshape(tokens * choices)
     counts_E = (chosen_T[:, None] == jnp.arange(experts)).sum(0, dtype=jnp.int32)
-    block = _cpu_block(chosen_T.size // experts) if local.platform == "cpu" else 1
-    product = _Product("blocked" if local.platform == "cpu" else "ragged", block, local.gather_axes)
+    product = Product.of_ragged_groups(local.platform, chosen_T.size // experts, local.gather_axes)
+    block = product.block
     # Sorted copies are handed to the products where they lie, or sent on: only the former need groups of whole blocks.
     aligned = 1 if local.is_exchanged else block
-    starts_E = _exclusive_cumsum(_round_up(counts_E, aligned))
+    starts_E = _sum_before(_round_up(counts_E, aligned))
     order_T = jnp.argsort(chosen_T, stable=True)
     rank_T = jnp.zeros_like(order_T).at[order_T].set(jnp.arange(chosen_T.size, dtype=order_T.dtype))
     slots = chosen_T.size if aligned == 1 else _round_up(chosen_T.size, block) + experts * block
     # `mode="fill"`: the expert that doesn't exist has a slot that doesn't either.
-    shift_T = (starts_E - _exclusive_cumsum(counts_E)).at[chosen_T].get(mode="fill", fill_value=slots)
+    shift_T = (starts_E - _sum_before(counts_E)).at[chosen_T].get(mode="fill", fill_value=slots)
     slots_TJ = (rank_T + shift_T).reshape(tokens, choices)
     copies_S = _inverse(slots_TJ, slots)
     rows_SD = dispatch(x_BLD.reshape(tokens, width), slots_TJ, copies_S)
@@ -287,7 +288,7 @@ def _with_capacity(x_BLD, gates_BLJ, chosen_BLJ, weights, local):
         rows_BECD = lax.all_to_all(rows_BECD, local.expert_axes, 1, 0, tiled=True)
     of_each = rows_BECD.shape[0] * capacity
     rows_SD = rows_BECD.swapaxes(0, 1).reshape(local.experts * of_each, width)
-    product = _Product("blocked" if local.platform == "cpu" else "batched", of_each, local.gather_axes)
+    product = Product.of_equal_groups(local.platform, of_each, local.gather_axes)
     rows_SD = expert_mlp(rows_SD, weights, jnp.full((local.experts,), of_each, jnp.int32), product)
     rows_BECD = rows_SD.reshape(local.experts, -1, capacity, width).swapaxes(0, 1)
     if local.is_exchanged:
@@ -296,18 +297,28 @@ def _with_capacity(x_BLD, gates_BLJ, chosen_BLJ, weights, local):
     return y_TD.reshape(batch, length, width)
 
 
-def _cpu_block(rows):
-    """Returns the rows of a block for groups of about so many."""
-    least, most = _CPU_BLOCK_ROWS
-    return min(most, max(least, 1 << max(rows - 1, 0).bit_length()))
+def expert_mlp(rows_SD, weights, sizes_E, product):
+    """Returns [S, D]: the MLP of each group's expert, groups of `sizes_E` rows one after the other; rows beyond are undefined.
+
+    weights: (up [E, D, F], down [E, F, D]), with (up, gate [E, D, F], down) gated.
+    """
+    up, *gate, down = weights
+    groups = product.groups(sizes_E, rows_SD.shape[0])
+    gate_SF = grouped_matmul(rows_SD, gate[0], groups, product, 1) if gate else None
+    hidden_SF = _activate(grouped_matmul(rows_SD, up, groups, product, 1), gate_SF)
+    return grouped_matmul(hidden_SF, down, groups, product, 2)
+
+
+def _activate(up, gate):
+    return gelu(up) if gate is None else jax.nn.silu(gate) * up
 
 
 def _round_up(number, multiple):
     return -(-number // multiple) * multiple
 
 
-def _exclusive_cumsum(x):
-    return jnp.cumsum(x) - x
+def _sum_before(x, axis=0):
+    return jnp.cumsum(x, axis) - x
 
 
 def _inverse(slots_TJ, slots):
@@ -367,9 +378,9 @@ def _exchange_plan(counts_E, tokens, choices, block, local):
     here = lax.axis_index(local.expert_axes)
     counts_NE = lax.all_gather(counts_E, local.expert_axes)
     sizes_NE = _round_up(counts_NE.sum(0), block).reshape(local.shards, local.experts)
-    starts_E = (jnp.cumsum(sizes_NE, 1) - sizes_NE).reshape(-1)  # where an expert's group begins on its device
-    arrives_NE = starts_E + jnp.cumsum(counts_NE, 0) - counts_NE  # where the slice of device N begins in it
-    leaves_NE = jnp.cumsum(counts_NE, 1) - counts_NE  # where it begins among the sorted copies of device N
+    starts_E = _sum_before(sizes_NE, 1).reshape(-1)  # where an expert's group begins on its device
+    arrives_NE = starts_E + _sum_before(counts_NE, 0)  # where the slice of device N begins in it
+    leaves_NE = _sum_before(counts_NE, 1)  # where it begins among the sorted copies of device N
 
     def own(x_NE):
         return lax.dynamic_slice_in_dim(x_NE, here * local.experts, local.experts, 1).reshape(-1)
@@ -415,131 +426,3 @@ def _gathered_all_to_all(operand, output, input_offsets, send_sizes, output_offs
     sender = slice_of // (recv_sizes.shape[0] // shards)
     row = begin[slice_of] + position[:, 0] - arrive[slice_of]
     return jnp.where(is_inside.any(1, keepdims=True), everything[sender, row], output)
-
-
-# ---- Products of groups of rows, each with its own expert's weight.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Product:
-    """How rows are multiplied with their experts: `ragged` (`lax.ragged_dot`), `batched` (groups of `block` rows each) or
-    `blocked` (groups of whole blocks, one after the other: made for XLA:CPU).
-
-    gather_axes: mesh axes over which the weights' embed dimension is cut (FSDP): gathered for each product, gradients
-    scattered, so that no whole weight is kept between forward and backward pass.
-    """
-
-    kernel: str
-    block: int
-    gather_axes: tuple[str, ...] = ()
-
-
-def expert_mlp(rows_SD, weights, sizes_E, product):
-    """Returns [S, D]: the MLP of each group's expert, groups of `sizes_E` rows one after the other; rows beyond are undefined.
-
-    weights: (up [E, D, F], down [E, F, D]), with (up, gate [E, D, F], down) gated.
-    """
-    up, *gate, down = weights
-    gate_SF = grouped_matmul(rows_SD, gate[0], sizes_E, product, 1) if gate else None
-    hidden_SF = _activate(grouped_matmul(rows_SD, up, sizes_E, product, 1), gate_SF)
-    return grouped_matmul(hidden_SF, down, sizes_E, product, 2)
-
-
-def _activate(up, gate):
-    return gelu(up) if gate is None else jax.nn.silu(gate) * up
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def grouped_matmul(x_SI, weight_EIO, sizes_E, product, gathered):
-    """Returns [S, O] in x's dtype: rows [S, I] of group e times weight e.
-
-    gathered: the weight's dimension that `product.gather_axes` cut. The gradient of the weight has its own dtype.
-    """
-    return _multiply(x_SI, _gathered(weight_EIO, x_SI.dtype, product, gathered), sizes_E, product, is_transposed=False)
-
-
-def _grouped_forward(x_SI, weight_EIO, sizes_E, product, gathered):
-    return grouped_matmul(x_SI, weight_EIO, sizes_E, product, gathered), (x_SI, weight_EIO, sizes_E)
-
-
-def _grouped_backward(product, gathered, residuals, g_SO):
-    x_SI, weight_EIO, sizes_E = residuals
-    of_x = _multiply(g_SO, _gathered(weight_EIO, g_SO.dtype, product, gathered), sizes_E, product, is_transposed=True)
-    of_weight = _weight_gradient(x_SI, g_SO, sizes_E, product, weight_EIO.dtype)
-    if product.gather_axes:
-        of_weight = lax.psum_scatter(of_weight, product.gather_axes, scatter_dimension=gathered, tiled=True)
-    return of_x, of_weight, None
-
-
-grouped_matmul.defvjp(_grouped_forward, _grouped_backward)
-
-
-def _gathered(weight, dtype, product, dimension):
-    weight = weight.astype(dtype)
-    return lax.all_gather(weight, product.gather_axes, axis=dimension, tiled=True) if product.gather_axes else weight
-
-
-def _multiply(x_SI, weight, sizes_E, product, *, is_transposed):
-    """Returns rows times their group's weight [E, I, O], or its transpose."""
-    contracted = 2 if is_transposed else 1
-    if product.kernel == "batched":
-        x_ECI = x_SI.reshape(weight.shape[0], product.block, -1)
-        y_ECO = lax.dot_general(x_ECI, weight, (((2,), (contracted,)), ((0,), (0,))))
-        return y_ECO.reshape(x_SI.shape[0], -1)
-    kernel = _blocked_product if product.kernel == "blocked" else _ragged_product
-    # A pipeline's stages are a batch dimension, of size one on each device: no kernel has to know of it.
-    return jax.custom_batching.sequential_vmap(
-        functools.partial(kernel, block=product.block, contracted=contracted)
-    )(x_SI, weight, sizes_E)  # fmt: skip
-
-
-def _weight_gradient(x_SI, g_SO, sizes_E, product, dtype):
-    """Returns [E, I, O] in `dtype`: the sum over each group's rows of x times g."""
-    experts = sizes_E.shape[0]
-    if product.kernel == "batched":
-        x_ECI, g_ECO = (z.reshape(experts, product.block, -1) for z in (x_SI, g_SO))
-        return lax.dot_general(x_ECI, g_ECO, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
-    kernel = _blocked_weight_gradient if product.kernel == "blocked" else _ragged_weight_gradient
-    return jax.custom_batching.sequential_vmap(
-        functools.partial(kernel, block=product.block, dtype=dtype)
-    )(x_SI, g_SO, sizes_E)  # fmt: skip
-
-
-def _ragged_product(x_SI, weight, sizes_E, *, block, contracted):
-    dims = lax.RaggedDotDimensionNumbers((((1,), (contracted,)), ((), ())), (0,), (0,))
-    return lax.ragged_dot_general(x_SI, weight, sizes_E, dims)
-
-
-def _ragged_weight_gradient(x_SI, g_SO, sizes_E, *, block, dtype):
-    dims = lax.RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), (0,), ())
-    return lax.ragged_dot_general(x_SI, g_SO, sizes_E, dims, preferred_element_type=dtype)
-
-
-def _blocked_product(x_SI, weight, sizes_E, *, block, contracted):
-    x_CI = x_SI.reshape(-1, block, x_SI.shape[1])
-    owner, used = _owners(sizes_E, x_CI.shape[0], block)
-
-    def multiply(index, y):
-        own = lax.dynamic_index_in_dim(weight, owner[index], 0, keepdims=False)
-        return y.at[index].set(lax.dot_general(x_CI[index], own, (((1,), (contracted - 1,)), ((), ()))))
-
-    y = jnp.zeros((*x_CI.shape[:2], weight.shape[3 - contracted]), x_SI.dtype)
-    return lax.fori_loop(0, used, multiply, y).reshape(x_SI.shape[0], -1)
-
-
-def _blocked_weight_gradient(x_SI, g_SO, sizes_E, *, block, dtype):
-    x_CI, g_CO = (z.reshape(-1, block, z.shape[1]) for z in (x_SI, g_SO))
-    owner, used = _owners(sizes_E, x_CI.shape[0], block)
-
-    def add(index, total):
-        product = lax.dot_general(x_CI[index], g_CO[index], (((0,), (0,)), ((), ())), preferred_element_type=dtype)
-        return total.at[owner[index]].add(product)
-
-    return lax.fori_loop(0, used, add, jnp.zeros((sizes_E.shape[0], x_SI.shape[1], g_SO.shape[1]), dtype))
-
-
-def _owners(sizes_E, blocks, block):
-    """Returns (expert of each block, how many blocks are used)."""
-    ends_E = jnp.cumsum(sizes_E // block)
-    owner = jnp.searchsorted(ends_E, jnp.arange(blocks), side="right")
-    return jnp.minimum(owner, sizes_E.shape[0] - 1), ends_E[-1]

@@ -14,6 +14,8 @@ from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import gpt, moe
+from llmos_jax.models.grouped_matmul import Product, grouped_matmul
+from llmos_jax.models.stack import unstack
 from llmos_jax.train.state import describe_model
 
 BATCH, LENGTH, WIDTH, HIDDEN, EXPERTS = 3, 7, 8, 12, 6
@@ -164,10 +166,10 @@ def test_vmapped_layers_are_single_layers(form):
 @pytest.mark.parametrize(
     ("product", "sizes"),
     [
-        (moe._Product("ragged", 1), [4, 0, 7, 1]),
-        (moe._Product("blocked", 4), [4, 0, 8, 4]),
-        (moe._Product("batched", 5), [5, 5, 5, 5]),
-        (moe._Product("blocked", 5), [5, 5, 5, 5]),
+        (Product("ragged", 1), [4, 0, 7, 1]),
+        (Product("blocked", 4), [4, 0, 8, 4]),
+        (Product("batched", 5), [5, 5, 5, 5]),
+        (Product("blocked", 5), [5, 5, 5, 5]),
     ],
     ids=str,
 )
@@ -181,7 +183,7 @@ def test_every_grouped_product(product, sizes, dtype):
     used = len(owner)
 
     def multiply(x, weight):
-        return moe.grouped_matmul(x, weight, jnp.array(sizes), product, 1)
+        return grouped_matmul(x, weight, product.groups(jnp.array(sizes), 20), product, 1)
 
     y, pullback = jax.vjp(multiply, jnp.asarray(x, dtype), jnp.asarray(weight, jnp.float32))
     of_x, of_weight = pullback(jnp.asarray(along, dtype))
@@ -268,7 +270,7 @@ def test_decoding_is_dropless_whatever_training_was():
     positions, model = jnp.tile(jnp.arange(12), (2, 1)), handle.merge(params)
     shape, layers = gpt.cache_shapes(SPARSE, 2, 16)
     cache = [(jnp.zeros(shape), jnp.zeros(shape))] * layers
-    blocks = model.stack.bind([jax.tree.map(lambda p: p[n], params["stack"]["blocks"]) for n in range(layers)])
+    blocks = model.stack.bind(unstack(params["stack"]["blocks"], layers))
     step, hidden = jax.jit(model.decode), []
     for start, stop in ((0, 5), *((at, at + 1) for at in range(5, 12))):
         part, cache = step(tokens[:, start:stop], blocks, cache, jnp.full(2, start), jnp.zeros(2, jnp.int32))

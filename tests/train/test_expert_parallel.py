@@ -109,10 +109,10 @@ def test_experts_that_do_not_divide_are_refused():
         Trainer(model=dataclasses.replace(SPARSE, expert_mlp=20), mesh=MeshConfig(model=8))
     rules = MeshConfig(data=4, model=2, rules={"experts": ("model",), "mlp": ()})
     with pytest.raises(ConfigError, match="lay experts over .'model',. and batch over .'data',."):
-        Trainer(model=SPARSE, mesh=rules).run(batches(1))
+        Trainer(model=SPARSE, mesh=rules)
     rules = MeshConfig(data=8, rules={"mlp": ("data",)})
     with pytest.raises(ConfigError, match="lay mlp over .'data',.*can't be cut over an axis that cuts tokens"):
-        Trainer(model=SPARSE, mesh=rules).run(batches(1))
+        Trainer(model=SPARSE, mesh=rules)
 
 
 def test_muon_orthogonalises_every_expert():
