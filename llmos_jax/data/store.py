@@ -108,6 +108,11 @@ class Store:
     """
 
     def __init__(self, directory, *, on_corrupt="error", max_corrupt=100):
+        # Here, not where it is used, which is on a thread: while it is imported, modules that other threads import become
+        # lazy stand-ins (etils.epy.lazy_imports replaces the interpreter's import for all of them).
+        import tensorflow_datasets as tfds
+
+        self._tfds = tfds
         self.directory = pathlib.Path(directory)
         self.manifest = _read_manifest(self.directory)
         self.length, self.dtype = self.manifest["length"], np.dtype(self.manifest["dtype"])
@@ -147,10 +152,8 @@ class Store:
     def _source(self, split):
         with self._lock:
             if split not in self._sources:
-                import tensorflow_datasets as tfds
-
                 try:
-                    builder = tfds.builder_from_directory(self.directory)
+                    builder = self._tfds.builder_from_directory(self.directory)
                     self._sources[split] = builder.as_data_source(split=split)
                 except Exception as error:
                     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -66,7 +66,7 @@ class Generator:
         for drawn in range(sampling.max_tokens):
             chosen, cache = step(params, layers, inputs, cache, np.int32(start), first, keys, np.int32(drawn))
             start += inputs.shape[1]
-            for state, token, row in zip(states, jax.device_get(chosen), rows, strict=False):
+            for state, token, row in zip(states, np.asarray(chosen), rows, strict=False):
                 state.push(int(token), is_full=len(row) + drawn >= self.config.context)
             if all(state.reason for state in states):
                 break

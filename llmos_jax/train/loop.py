@@ -167,10 +167,10 @@ def _train(run, evaluate, sample, initial_params, launched):
     )
     progress = Progress(total=config.steps, start=position, fraction=run.time_share, is_shown=is_first)
     leaf_names = [states.leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(run.handle.shapes)]
-    batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
-    profile = _Profile(config.profile_steps, run.directory)
     is_compared = config.compare_replicas_every_steps is not None
     replicas = ReplicaCheck(states.to_tree(_abstract(run)), run.placement.mesh) if is_compared else None
+    batches = Prefetcher(lambda index: make_batch(task, run.placement, task.rows, index), position)
+    profile = _Profile(config.profile_steps, run.directory)
     pending = []
     run.started, stepped = time.perf_counter(), account.totals()["step"]
 
