@@ -119,9 +119,12 @@ class GPT(decoder.Decoder):
 
     def embed(self, tokens_BL, positions_BL):
         """Returns the embeddings of tokens at their positions, [B, L, D]."""
-        # Few rows: gathered first, or every device would look up everybody's positions.
-        positions_PD = self.placement.constrain(self.positions[...], "positions", None)
-        x_BLD = super().embed(tokens_BL, positions_BL).astype(jnp.float32) + jnp.take(positions_PD, positions_BL, axis=0)
+        # Gathered first, or every device would look up everybody's positions; but where the length is sharded, a whole table
+        # is longer than what a device holds: there it looks up some features of all positions, and exchanges them.
+        positions_PD = self.placement.constrain(self.positions[...], "positions", "length")
+        rows_BLD = self.placement.constrain(jnp.take(positions_PD, positions_BL, axis=0), "batch", None, "length")
+        rows_BLD = self.placement.constrain(rows_BLD, "batch", "length", None)
+        x_BLD = super().embed(tokens_BL, positions_BL).astype(jnp.float32) + rows_BLD
         return decoder.residual(self.placement, x_BLD.astype(self.dtype))
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import types
 
 import jax
@@ -164,6 +165,24 @@ def test_residuals_are_sharded_by_position_between_blocks():
         text = trainer.step.lower(trainer.state, batch, jnp.float32(0)).compile().as_text()
         gathers[is_sharded] = text.count(" all-gather(")
     assert gathers[True] > 0 and gathers[False] == 0
+
+
+@pytest.mark.parametrize("form", ["ring", "all_gather"])
+def test_no_device_holds_what_is_as_long_as_a_row(form):
+    """Length and parameters are cut over the context axis: only gathered keys and values have length x width elements."""
+    length = 256
+    model = dataclasses.replace(MODEL, context=length, remat="full")
+    placement = make_placement(MeshConfig(data=1, context=8, parameters="fsdp", context_attention=form))
+    handle = state.describe_model(functools.partial(gpt.build, model, placement), placement)
+    batch = {
+        name: jax.ShapeDtypeStruct((1, length), dtype, sharding=placement.sharding("batch", "length"))
+        for name, dtype in (("tokens", int), ("targets", int), ("segments", int), ("positions", int), ("weights", np.float32))
+    }
+    gradient = jax.grad(lambda params, batch: language.loss(handle.merge(params), batch, None)[0])
+    program = jax.jit(gradient, out_shardings=handle.shardings).lower(handle.abstract, batch).compile().as_text()
+    shapes = {tuple(int(n) for n in shape.split(",")) for shape in re.findall(r"f32\[(\d[\d,]*)\]", program)}
+    longest = max(np.prod(shape) for shape in shapes)
+    assert (longest >= length * model.width) == (form == "all_gather")
 
 
 def test_gradients_are_reduced_in_the_dtype_asked_for(single):
