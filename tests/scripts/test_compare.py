@@ -1,0 +1,78 @@
+"""scripts/compare.py: what it calls equal, which step it names, its exit codes, and runs that it makes itself."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+STEPS = 6
+
+
+def compare(*arguments, timeout=280):
+    command = [sys.executable, "scripts/compare.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.fixture
+def make_run(tmp_path):
+    def make(name, changes=(), steps=STEPS):
+        losses = {step: 5.0 / step for step in range(1, steps + 1)} | dict(changes)
+        directory = tmp_path / name
+        directory.mkdir()
+        entries = [{"step": step, "train/loss": loss} for step, loss in losses.items()]
+        entries.append({"step": steps, "validation/loss": 1.0})  # another entry of the last step, without the metric
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+        return directory
+
+    return make
+
+
+def test_equal_runs(make_run):
+    done = compare(make_run("a", {3: math.nan}), make_run("b", {3: math.nan}))
+    assert done.returncode == 0 and f"{STEPS} steps in common" in done.stdout and "equal to the last bit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("changed", "tolerance", "code", "words"),
+    [
+        ({4: math.nextafter(1.25, 2)}, 0, 1, "step 4 is the first to differ"),
+        ({4: math.nextafter(1.25, 2)}, 1e-12, 0, "largest relative difference 1.78e-16, at step 4"),
+        ({2: 2.501, 5: 1.2}, 1e-3, 1, "step 5 is the first to differ: 1.0 and 1.2"),
+        ({2: 2.501, 5: 1.2}, 1e-4, 1, "step 2 is the first to differ: 2.5 and 2.501"),
+        ({6: math.nan}, 0.5, 1, "step 6 is the first to differ"),
+        ({6: math.inf}, 0.5, 1, "step 6 is the first to differ"),
+    ],
+)
+def test_the_first_step_that_differs_is_named(make_run, changed, tolerance, code, words):
+    done = compare(make_run("a"), make_run("b", changed), f"--tolerance={tolerance}")
+    assert done.returncode == code, done.stdout + done.stderr
+    assert words in done.stdout and ("NOT equal" in done.stdout) == bool(code)
+
+
+def test_a_shorter_run_is_not_equal(make_run):
+    done = compare(make_run("a"), make_run("b", steps=4))
+    assert done.returncode == 1 and "2 steps are in one alone: 5, 6" in done.stdout
+
+
+def test_what_can_not_be_compared_says_why(make_run, tmp_path):
+    run = make_run("a")
+    for arguments, words in [
+        ((run, tmp_path / "none"), "neither a run directory nor flags"),
+        ((run, run, "--metric=train/los"), "has no 'train/los'; it has train/loss, validation/loss"),
+        ((f"--left={run}", "--right=--config=experiments/none.py"), "ended with exit code 78: ConfigError"),
+        ((f"--left={run}", "--right=@no-such-commit --config=x.py"), "no-such-commit"),
+        ((run,), "two runs are compared, not 1"),
+    ]:
+        done = compare(*arguments)
+        assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
+
+
+@pytest.mark.timeout(900)
+def test_it_runs_two_meshes_itself():
+    common = "--common=--config=experiments/gpt.py:smoke --config.train.steps=3 --config.train.evaluate_every_steps=none"
+    sides = ["--left=--config.mesh.data=1 --config.mesh.model=2", "--right=--config.mesh.data=2"]
+    done = compare(common, *sides, "--devices=2", "--tolerance=1e-5", timeout=880)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "train/loss: 3 steps in common" in done.stdout
