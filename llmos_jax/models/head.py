@@ -33,6 +33,8 @@ def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, 
     computed twice nor kept; memory is one chunk of logits plus one float32 copy of the weight's gradient.
     """
     rows, length, _ = hidden_BLD.shape
+    if chunk is not None and chunk % _length_shards(length, placement):
+        raise ValueError(f"chunk={chunk} positions can't be cut evenly from {_length_shards(length, placement)} shards.")
     if chunk is None:
         shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
         chunk = chunk_length(rows, length, weight_VD.shape[0], shards, _length_shards(length, placement))
@@ -105,7 +107,9 @@ def _softmax_parts(piece, weight_VD, placement):
 
 def _length_shards(length, placement):
     """Returns over how many shards hidden states of this length are laid (see `Placement.constrain`)."""
-    shards = placement.axis_size("residual_length") if placement else 1
+    if placement is None:
+        return 1
+    shards = placement.axis_size("residual_length")
     return shards if length % shards == 0 else placement.axis_size("length")
 
 

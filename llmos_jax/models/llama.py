@@ -37,7 +37,7 @@ class Config(decoder.DecoderConfig):
             raise ConfigError(f"model.heads={self.heads} is not divisible by model.kv_heads={self.kv_heads}.")
         if self.head_size % 2:
             raise ConfigError(
-                f"heads of width {self.head_size}: rotary positions turn pairs; make it even by model.head_width."
+                f"heads are {self.head_size} wide, and rotary positions turn pairs: set an even model.head_width."
             )
 
     @property
