@@ -107,6 +107,8 @@ def type_bytes(type_text):
 def collectives(text):
     """Returns the Collectives of a module's schedule, loops and branches followed, in the order in which they are started."""
     computations, entry = parse_module(text)
+    partitions = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
+    everyone = int(partitions.group(1)) if partitions else 1
     holds = functools.cache(lambda name: _collective_inside(computations, name))
     found = []
 
@@ -117,7 +119,8 @@ def collectives(text):
             if inner is not None:
                 is_async = instruction.opcode.endswith("-start")
                 hidden_by = _compute_between(instructions, position) if is_async else 0
-                found.append(_describe(instruction, inner, count, is_counted, is_async, hidden_by))
+                devices = _group_size(inner.attributes, everyone)
+                found.append(_describe(instruction, inner, devices, count, is_counted, is_async, hidden_by))
             elif instruction.opcode == "while":
                 trips, body = _trips(computations, instruction)
                 visit(body, count * (trips or 1), is_counted and trips is not None)
@@ -177,7 +180,7 @@ def _collective_inside(computations, name):
         if kind in _COLLECTIVES:
             last = instructions[-1]
             if kind == "all-reduce" and last.opcode == "dynamic-slice":
-                return dataclasses.replace(instruction, opcode="reduce-scatter", type=last.type)
+                return dataclasses.replace(instruction, opcode="reduce-scatter", type=_result_type(last))
             return dataclasses.replace(instruction, opcode=kind, type=_result_type(instruction))
     inner = (_collective_inside(computations, called) for i in instructions if i.opcode != "while" for called in i.called)
     return next((found for found in inner if found is not None), None)
@@ -193,8 +196,8 @@ def _collective_of(instruction, holds):
     return None
 
 
-def _describe(instruction, inner, count, is_counted, is_async, hidden_by):
-    kind, devices, result_bytes = inner.opcode, _group_size(inner), type_bytes(inner.type)
+def _describe(instruction, inner, devices, count, is_counted, is_async, hidden_by):
+    kind, result_bytes = inner.opcode, type_bytes(inner.type)
     sent_bytes = {
         "all-reduce": 2 * result_bytes * (devices - 1) / devices,
         "reduce-scatter": result_bytes * (devices - 1),
@@ -213,9 +216,8 @@ def _result_type(instruction):
     return ", ".join(found)
 
 
-def _group_size(instruction):
-    """Returns how many devices take part in a collective, from any of the three spellings of its groups."""
-    text = instruction.attributes
+def _group_size(text, everyone):
+    """Returns how many devices take part in a collective, from any of the spellings of its groups; none named: all."""
     mesh = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", text)
     if mesh:
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh.group(1)))
@@ -232,7 +234,7 @@ def _group_size(instruction):
         device = pairs.get(device)
         if device in (start, None):
             return length
-    return 1
+    return everyone
 
 
 def _compute_between(instructions, start):
