@@ -73,7 +73,7 @@ def test_checkpoint_verbs(run_directory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "there is no verb 'trian'; known: train, generate, checkpoint"),
+        (["trian"], "there is no verb 'trian'; known: train, plan, generate, checkpoint"),
         ([], "--config is missing"),
         (["--config=experiments/gtp.py"], "there is no file experiments/gtp.py"),
         (["--config=experiments/gpt.py:sise=nano"], "option 'sise' is unknown; did you mean 'size'"),
@@ -127,7 +127,7 @@ EXAMPLES = [
 def test_examples_of_the_readme_are_settings_that_work(line):
     """On eight devices where the example names a mesh, else on one; the data that they name is not there."""
     words, values, overrides = _parse(line.split())
-    assert words in ([], ["train"])
+    assert words in ([], ["train"], ["plan"])
     settings, _ = api.load_settings(values.config, overrides)
     placement = make_placement(settings.mesh, jax.devices()[: 8 if "mesh" in line else 1])
     check_batch(settings, placement)
