@@ -233,12 +233,8 @@ class Checkpointer:
         record = _read_record(folder)
         _compare(folder, record, _named(abstract), parts=tuple(abstract))
         items = {key: ocp.args.StandardRestore({key: value}) for key, value in abstract.items()}
-        if self._reader is None:
-            # Each process reads its shards by itself: one that meets damage must not leave the others waiting for it.
-            alone = ocp.options.MultiprocessingOptions(distributed.index(), {distributed.index()}, "read")
-            self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
         try:
-            restored = self._reader.restore(folder, args=ocp.args.Composite(**items))
+            restored = self._open_reader().restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
             if memory.is_out_of_memory(error):
                 raise
@@ -252,6 +248,15 @@ class Checkpointer:
 
             self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
         return self._engine
+
+    def _open_reader(self):
+        if self._reader is None:
+            import orbax.checkpoint as ocp
+
+            # Each process reads its shards by itself: one that meets damage must not leave the others waiting for it.
+            alone = ocp.options.MultiprocessingOptions(distributed.index(), {distributed.index()}, "read")
+            self._reader = ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+        return self._reader
 
     def _drop_engine(self):
         for engine in (self._engine, self._reader):

@@ -183,7 +183,7 @@ def test_a_failure_of_the_machine_is_not_taken_for_damage(what, failure, words, 
         raise failure
 
     with monkeypatch.context() as patch:
-        patch.setattr(*(lib.json, "loads") if what == "record" else (checkpointer._open(), "restore"), fail)
+        patch.setattr(*(lib.json, "loads") if what == "record" else (checkpointer._open_reader(), "restore"), fail)
         with pytest.raises((CheckpointError, jax.errors.JaxRuntimeError), match=words):
             checkpointer.restore_latest_good(abstract(trees[2]))
     assert checkpointer.steps() == [1, 2] and not list(target.glob("quarantine-*"))
