@@ -5,8 +5,8 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation for eight devices: LLVM without optimisation halves it, and products are a library's.
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " + os.environ.get(
+    "XLA_FLAGS", ""
 )
 _CACHE = tempfile.TemporaryDirectory(prefix="llmos-tests-")
 os.environ["LLMOS_CACHE"] = _CACHE.name

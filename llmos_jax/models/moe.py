@@ -17,6 +17,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -65,12 +66,20 @@ class MixtureOfExperts(nnx.Module):
         kept_BLJ, capacity = chosen_BLJ, None
         if self.capacity is not None and not is_dropless:
             capacity = math.ceil(self.capacity * x_BLD.shape[1] * self.per_token / self.experts)
-            kept_BLJ = jnp.where(ranks(chosen_BLJ, self.experts) < capacity, chosen_BLJ, self.experts)
+            ranks_BLJ = self._ranks_by_position(chosen_BLJ)
+            kept_BLJ = jnp.where(ranks_BLJ < capacity, chosen_BLJ, self.experts)
         weights = tuple(w[...] for w in (self.up, self.gate, self.down) if w is not None)
         y_BLD = _mix(x_BLD, gates_BLJ, kept_BLJ, weights, capacity, self.placement)
         if self.shared is not None:
             y_BLD = y_BLD + self.shared(x_BLD)
         return y_BLD, statistics(logits_BLE, chosen_BLJ, kept_BLJ, is_real_BL)
+
+    def _ranks_by_position(self, chosen_BLJ):
+        """Returns `ranks` by positions in the row, in whichever order a sharded length holds them."""
+        order = self.placement.length_order(chosen_BLJ.shape[1])
+        if order is None:
+            return ranks(chosen_BLJ, self.experts)
+        return ranks(chosen_BLJ[:, np.argsort(order)], self.experts)[:, order]
 
 
 class Shared(nnx.Module):
