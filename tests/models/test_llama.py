@@ -10,6 +10,7 @@ import pytest
 
 from llmos_jax.api import load_settings
 from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.planner import matmul_flops
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import llama
@@ -176,3 +177,19 @@ def test_wrong_settings_are_refused():
         RopeConfig(low_factor=4.0)
     with pytest.raises(ConfigError, match="model.kv_heads=2 is not divisible by mesh.model=4"):
         make(mesh=MeshConfig(data=2, model=4))
+
+
+def test_every_remat_policy_recomputes_what_it_says():
+    """Products in the gradient: none repeats none, full all that it needs, projections fewer; attention's are not kept."""
+    found = {}
+    for remat in ("none", "projections", "matmuls", "full"):
+        config = dataclasses.replace(SMALL, remat=remat, execution="scan", attention="reference")
+        handle, _ = make(config)
+        ones = jax.ShapeDtypeStruct((2, 24), jnp.int32)
+        batch = dict.fromkeys(("tokens", "targets", "positions", "segments"), ones)
+        batch["weights"] = jax.ShapeDtypeStruct((2, 24), jnp.float32)
+        gradient = jax.grad(lambda params, batch, handle=handle: handle.merge(params).loss(batch)[0])
+        found[remat] = matmul_flops(jax.make_jaxpr(gradient)(handle.shapes, batch).jaxpr)
+    assert found["none"] == found["matmuls"] < found["projections"] < found["full"], found
+    # One layer's attention is 2 products of [2, 4, 24, 24] x 8; both are repeated.
+    assert found["projections"] - found["none"] == 3 * 2 * 2 * (2 * 4 * 24 * 24) * 8
