@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -213,6 +214,34 @@ def test_exchange_without_the_ragged_collective():
     assert result[:, 0].tolist() == [1, 3, 0, 0, 2, 2, 4, 0]
     (gradient,) = pullback(jnp.arange(1.0, 9)[:, None])
     assert gradient[:, 0].tolist() == [1, 5, 6, 2, 7, 0]
+
+
+@pytest.mark.slow
+def test_tokens_are_exchanged_by_the_ragged_collective_on_a_tpu(monkeypatch):
+    """Compiled for chips that are not there: there and back, forward and backward, and no token is gathered."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    placement = make_placement(MeshConfig(expert=2, data=2), chips.devices)
+    choices = dict(experts=4, per_token=2, stddev=0.02, output_stddev=0.02, placement=placement)
+    layer = jax.eval_shape(lambda: moe.MixtureOfExperts(256, 512, rngs=nnx.Rngs(params=0), **choices))
+    graph, params = nnx.split(layer)
+    experts = placement.sharding("experts", None, None)
+    params = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=experts if len(p.shape) == 3 else placement.sharding()),
+        params,
+    )
+    x = jax.ShapeDtypeStruct((8, 128, 256), jnp.bfloat16, sharding=placement.sharding("batch", None, None))
+    segments = jax.ShapeDtypeStruct((8, 128), jnp.int32, sharding=placement.sharding("batch", None))
+    program = run.lower(params, graph, x, segments).compile().as_text()
+    assert len(re.findall(r" ragged-all-to-all(?:-start)?\(", program)) in (
+        4,
+        5,
+    )  # the output itself may be computed on its own
+    gathered = re.findall(r"= \(?(\w+)\[[^=]* all-gather(?:-start)?\(", program)
+    assert set(gathered) <= {"s32"}  # how many copies each device sends
 
 
 def test_padding_takes_no_place():
