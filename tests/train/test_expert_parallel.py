@@ -96,7 +96,9 @@ def test_accumulation_equals_the_large_batch(form):
     gradient = jax.value_and_grad(loss_of, has_aux=True)
 
     def accumulated(microbatches):
-        run = functools.partial(step.accumulate, gradient, key=jax.random.key(0), microbatches=microbatches, handle=trainer.handle)
+        run = functools.partial(
+            step.accumulate, gradient, key=jax.random.key(0), microbatches=microbatches, handle=trainer.handle
+        )
         return jax.jit(lambda params, batch: run(params, batch=batch))(trainer.state.params, batch)
 
     assert_close(accumulated(4), accumulated(1), 2e-6)
