@@ -319,10 +319,15 @@ def test_losses_of_the_router_are_added_by_their_weights():
     batch = {k: jnp.ones((2, 24), jnp.int32) for k in ("tokens", "targets", "positions", "segments")}
     batch["weights"] = jnp.ones((2, 24)).at[1, 3:].set(0)
 
+    def handle_of(**weights):
+        config = dataclasses.replace(SPARSE, execution="scan", **weights)
+        return describe_model(functools.partial(gpt.build, config, placement), placement)
+
+    params = jax.jit(handle_of().init)(jax.random.key(0))
+
     def loss_of(**weights):
-        config = dataclasses.replace(SPARSE, **weights)
-        handle = describe_model(functools.partial(gpt.build, config, placement), placement)
-        return jax.jit(lambda: handle.merge(handle.init(jax.random.key(0))).loss(batch))()
+        handle = handle_of(**weights)
+        return jax.jit(lambda params: handle.merge(params).loss(batch))(params)
 
     total, sums = loss_of(router_balance=2.0, router_z_loss=3.0)
     plain, _ = loss_of(router_balance=0.0, router_z_loss=0.0)

@@ -84,7 +84,7 @@ def test_something_is_dropped_and_something_is_learnt():
     assert losses[-1] < losses[0] and float(metrics["train/router_balance"]) > 1
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["dropless", pytest.param("capacity", marks=pytest.mark.slow)])
 def test_accumulation_equals_the_large_batch(form):
     trainer = Trainer(model=FORMS[form])
     batch = {k: jnp.asarray(v) for k, v in batches(1)[0].items()}
