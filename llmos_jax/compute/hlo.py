@@ -5,6 +5,7 @@ The texts are the compiler's own (scheduled HLO after optimisation, buffer assig
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -20,6 +21,9 @@ _CALLED = re.compile(
     r"(?:calls|body|to_apply|condition|branch_computations|called_computations)=\{?(%[\w.\-]+(?:, %[\w.\-]+)*)"
 )
 _COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# How v5e's compiler takes an asynchronous collective apart: a fusion that starts it, products that each carry a piece of it
+# along (in computations of this name), a fusion that ends it.
+_STARTED, _CARRIED, _ENDED = "async-collective-start", "async_collective_fusion", "async-collective-done"
 # What keeps a device busy while a collective is under way; copies and bookkeeping do not count.
 _COMPUTE = ("fusion", "dot", "convolution", "custom-call", "while", "call", "conditional", "reduce", "sort", "scatter")
 
@@ -117,7 +121,7 @@ def collectives(text):
         for position, instruction in enumerate(instructions):
             inner = _collective_of(instruction, holds)
             if inner is not None:
-                is_async = instruction.opcode.endswith("-start")
+                is_async = instruction.opcode.endswith("-start") or instruction.name.startswith(_STARTED)
                 hidden_by = _compute_between(instructions, position) if is_async else 0
                 devices = _group_size(inner.attributes, everyone)
                 found.append(_describe(instruction, inner, devices, count, is_counted, is_async, hidden_by))
@@ -187,7 +191,9 @@ def _collective_inside(computations, name):
 
 
 def _collective_of(instruction, holds):
-    """Returns the collective that an instruction of a schedule starts or is, or None."""
+    """Returns the collective that an instruction of a schedule starts or is, or None; what goes on with one is none."""
+    if instruction.name.startswith(_ENDED) or any(name.startswith(_CARRIED) for name in instruction.called):
+        return None
     if instruction.opcode.removesuffix("-start") in _COLLECTIVES:
         kind = instruction.opcode.removesuffix("-start")
         return dataclasses.replace(instruction, opcode=kind, type=_result_type(instruction))
@@ -240,6 +246,10 @@ def _group_size(text, everyone):
 def _compute_between(instructions, start):
     """Returns how many compute instructions the schedule has between a collective's last update and its end."""
     waited, begun = instructions[start].name, start
+    if waited.startswith(_STARTED):
+        end = waited.replace(_STARTED, _ENDED)
+        between = itertools.takewhile(lambda i: i.name != end, instructions[start + 1 :])
+        return sum(i.opcode in _COMPUTE for i in between)
     for position in range(start + 1, len(instructions)):
         instruction = instructions[position]
         if waited in instruction.operands:

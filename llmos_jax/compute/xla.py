@@ -20,24 +20,23 @@ class Option:
 
 
 _MAXTEXT = "https://github.com/AI-Hypercomputer/maxtext/blob/main/benchmarks/xla_flags_library.py"
-_GPU_GUIDE = "https://docs.jax.dev/en/latest/gpu_performance_tips.html"
 _OFFLOAD = "xla_tpu_enable_sparse_core_collective_offload_"
 _DUMP = "tpu_comp_env of a program dumped by libtpu 0.0.52 (`xla_dump_to`): every setting that it knows, with its default"
-# By a chip's name in `devices.CHIPS`, or by platform. What v5p's gave: GPT-3 175B on 512 chips (data 64 x model 8) and
-# Llama 2 7B on 64 (data 64), bytes sent by asynchronous collectives. Tried there and without effect:
-# xla_enable_async_all_gather (on), xla_tpu_enable_3d_reduce_scatter_decomposer, xla_tpu_enable_reduce_scatter_legalizer.
-# Refused there: xla_tpu_enable_async_collective_fusion_fuse_all_gather (only for v5e, where it is the default).
-OPTIONS = {
-    "TPU v5p": (
-        Option(_OFFLOAD + "all_gather", True, _MAXTEXT, "gathers of activations (one dimension of the torus): 0 to 100 %"),
-        Option(_OFFLOAD + "2d_all_gather", True, _DUMP, "gathers of weights over two dimensions: 0 to 100 %"),
-        Option(_OFFLOAD + "3d_all_gather", True, _DUMP, "gathers of weights over all three: 0 to 100 %, with the next"),
-        Option("xla_tpu_prefer_async_allgather_to_allreduce", True, _DUMP, "gathers over all chips send half: no all-reduces"),
-        Option(_OFFLOAD + "reduce_scatter", True, _MAXTEXT, "reductions of gradients and activations: 0 to 100 %"),
-        Option(_OFFLOAD + "nd_reduce_scatter", True, _DUMP, "reductions over all chips send half: no all-reduces"),
-        Option(_OFFLOAD + "all_reduce", True, _MAXTEXT, "sums of gradients of norms, of a replicated model"),
-    ),
-}
+# Tried on v5p and without effect: xla_enable_async_all_gather (is on), xla_tpu_enable_3d_reduce_scatter_decomposer,
+# xla_tpu_enable_reduce_scatter_legalizer. Refused there: xla_tpu_enable_async_collective_fusion_fuse_all_gather, which is
+# v5e's own way and its default.
+_SPARSE_CORES = (
+    Option(_OFFLOAD + "all_gather", True, _MAXTEXT, "gathers of activations (one dimension of the torus): 0 to 100 %"),
+    Option(_OFFLOAD + "2d_all_gather", True, _DUMP, "gathers of weights over two dimensions: 0 to 100 %"),
+    Option(_OFFLOAD + "3d_all_gather", True, _DUMP, "gathers of weights over all three: 0 to 100 %, with the next"),
+    Option("xla_tpu_prefer_async_allgather_to_allreduce", True, _DUMP, "gathers over all chips send half: no all-reduces"),
+    Option(_OFFLOAD + "reduce_scatter", True, _MAXTEXT, "reductions of gradients and activations: 0 to 100 %"),
+    Option(_OFFLOAD + "nd_reduce_scatter", True, _DUMP, "reductions over all chips send half: no all-reduces"),
+    Option(_OFFLOAD + "all_reduce", True, _MAXTEXT, "sums of gradients of norms, of a replicated model"),
+)
+# By a chip's name in `devices.CHIPS`, or by platform. What they gave is the share of bytes sent by asynchronous collectives:
+# v5p with GPT-3 175B on 512 chips (data 64 x model 8) and Llama 2 7B on 64 (data 64), v6e with GPT 6.7B on 256.
+OPTIONS = {"TPU v5p": _SPARSE_CORES, "TPU v6e": _SPARSE_CORES}
 
 
 def compiler_options(device, overrides=()):

@@ -63,6 +63,35 @@ def test_a_loop_of_unknown_length_is_marked():
     assert [c.is_counted for c in found] == [False] * 4 + [True] and found[0].count == 1 and found[1].count == 2
 
 
+def test_a_collective_that_products_carry_along():
+    """As v5e's compiler writes it: one all-gather, not three."""
+    text = """HloModule m, num_partitions=8
+
+%fused_computation.1 (p: bf16[64,8]) -> bf16[512,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[512,8]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+%async_collective_fusion.3 (p: bf16[64,8]) -> bf16[512,8] {
+  %p = bf16[64,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[512,8]{1,0} all-gather(%p), replica_groups=[1,8]<=[8], dimensions={0}
+}
+
+ENTRY %main (x: bf16[64,8]) -> bf16[512,8] {
+  %x = bf16[64,8]{1,0} parameter(0)
+  %async-collective-start.1 = (bf16[64,8]{1,0}, bf16[512,8]{1,0}, u32[]) fusion(%x), kind=kCustom, calls=%fused_computation.1
+  %get-tuple-element.1 = bf16[64,8]{1,0} get-tuple-element(%async-collective-start.1), index=0
+  %fusion.4 = (bf16[9,9]{1,0}, bf16[64,8]{1,0}) fusion(%get-tuple-element.1), kind=kOutput, calls=%async_collective_fusion.3
+  %get-tuple-element.2 = bf16[64,8]{1,0} get-tuple-element(%fusion.4), index=1
+  %async-collective-done.1 = bf16[512,8]{1,0} fusion(%get-tuple-element.2), kind=kCustom, calls=%fused_computation.1
+  ROOT %fusion.5 = bf16[512,8]{1,0} fusion(%async-collective-done.1), kind=kLoop, calls=%fused_computation.1.not
+}
+"""
+    (found,) = hlo.collectives(text)
+    assert (found.kind, found.devices, found.is_async, found.hidden_by) == ("all-gather", 8, True, 1)
+    assert found.sent_bytes == 448 * 8 * 2
+
+
 def test_arrays_of_a_buffer_assignment():
     found = hlo.arrays(ASSIGNMENT, SCHEDULE.read_text(), 300)
     assert [(a.type, a.size_bytes, a.is_argument) for a in found] == [

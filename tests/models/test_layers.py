@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.sharding import make_placement
 from llmos_jax.models import layers
 
 
@@ -72,3 +74,36 @@ def test_dropout():
 def test_parameter_refuses_unmatched_axes():
     with pytest.raises(ValueError, match="2 axes"):
         layers.parameter(None, (3,), ("embed", "mlp"), None)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab", "length"),
+    [
+        ({"model": 8}, 64, 16),
+        ({"pipeline": 2, "data": 2, "model": 2}, 64, 6),
+        ({"data": 2, "model": 4}, 64, 7),
+        ({"model": 8}, 60, 16),
+    ],
+)
+def test_lookup_in_a_sharded_table(sizes, vocab, length):
+    """Rows and their gradients are those of a plain take; the table is never gathered where it can be looked up in parts."""
+    placement = make_placement(MeshConfig(**({"data": 1} | sizes)))
+    table = jax.random.normal(jax.random.key(0), (vocab, 8))
+    tokens = jax.random.randint(jax.random.key(1), (4, length), 0, vocab)
+    weights = jax.random.normal(jax.random.key(2), (4, length, 8))
+
+    def loss(table, find):
+        return (find(table) * weights).sum()
+
+    def ours(table):
+        return layers.lookup(table, tokens, placement, jnp.float32)
+
+    divides = vocab % placement.axis_size("vocab") == 0
+    placed = jax.device_put(table, placement.sharding("vocab" if divides else None, None))
+    step = jax.jit(jax.value_and_grad(lambda table: loss(table, ours))).lower(placed).compile()
+    (value, gradient), plain = step(placed), jax.value_and_grad(lambda t: loss(t, lambda t: jnp.take(t, tokens, axis=0)))(table)
+    np.testing.assert_allclose(value, plain[0], rtol=1e-5)
+    np.testing.assert_allclose(gradient, plain[1], atol=1e-5)
+    np.testing.assert_array_equal(jax.jit(ours)(placed), jnp.take(table, tokens, axis=0))
+    if divides:
+        assert f"f32[{vocab},8]" not in step.as_text()
