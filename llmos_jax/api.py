@@ -105,6 +105,7 @@ def plan(settings, topology):
         placement.mesh,
         model_flops=task.flops_per_token * task.tokens_per_row * settings.train.batch_size,
         wholes=step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row),
+        bubble=placement.pipeline.bubble if placement.pipeline else 0.0,
         compiler_options=xla.compiler_options(placement.mesh.devices.flat[0], settings.train.compiler_options),
     )
 
