@@ -117,13 +117,13 @@ def supervise(command, directory, args, stop):
     """Runs gangs until the run is done, can't be helped, or is told to stop; returns the exit code."""
     furthest, failures = newest_step(directory), 0
     while True:
-        started = time.time()
+        marked = done_marker(directory)
         gang = Gang(command, args.processes, args.devices)
         try:
             codes = gang.wait(stop, shlex.split(args.stop), args.grace)
         finally:
             gang.signal(signal.SIGKILL)
-        if is_done(directory, started) or set(codes) == {errors.EXIT_DONE}:
+        if done_marker(directory) not in (None, marked) or set(codes) == {errors.EXIT_DONE}:
             return errors.EXIT_DONE
         for code in (errors.EXIT_CONFIG, errors.EXIT_CORRUPT):
             if code in codes:
@@ -155,10 +155,14 @@ def newest_step(directory):
     return max(steps, default=0)
 
 
-def is_done(directory, since):
-    """Whether the run directory was marked as done after `since`, in `time.time()` seconds."""
-    marker = directory / "DONE.json"
-    return marker.is_file() and marker.stat().st_mtime >= since - 1.0
+def done_marker(directory):
+    """Returns what tells one marker of a run's end from an earlier one, or None when there is none."""
+    try:
+        # Compared with itself only: the clock of a network file system is not this host's.
+        found = (directory / "DONE.json").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def run_directory(words):
