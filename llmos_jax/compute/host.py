@@ -2,13 +2,16 @@
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 
@@ -16,6 +19,8 @@ from llmos_jax.errors import ConfigError
 
 # prctl's option (linux/prctl.h).
 _PR_SET_PDEATHSIG = 1
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+_ANSWER_SECONDS = 60.0  # the first call of the driver on a host with many GPUs takes long
 _HANDLERS = []  # native code holds no reference to what it calls
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -76,6 +81,42 @@ def cpu_model():
     except OSError:
         pass  # not Linux: the generic name below is all there is
     return "CPU"
+
+
+def visible_gpus(environ=os.environ):
+    """Returns how many NVIDIA GPUs a process with this environment sees: those of CUDA_VISIBLE_DEVICES, else all attached."""
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:  # the first word that names no device ends the list: -1, NoDevFiles
+        words = map(str.strip, named.split(","))
+        return sum(1 for _ in itertools.takewhile(re.compile(r"\d|GPU-|MIG-").match, words))
+    try:
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0  # no driver, or none that answers: JAX could not use them
+    return len(re.findall(r"^GPU \d+:", told.stdout, re.MULTILINE)) if told.returncode == 0 else 0
+
+
+def share_of_gpus(visible, processes):
+    """Returns how many of the `visible` GPUs each of the processes on a host gets; ConfigError when that is no whole number."""
+    if visible % processes:
+        divisors = [str(n) for n in range(1, visible + 1) if visible % n == 0]
+        raise ConfigError(
+            f"{processes} processes on this host can't share its {visible} GPU(s) evenly: start {', '.join(divisors)} of them, "
+            "or have each see its own ones only (CUDA_VISIBLE_DEVICES, JAX_LOCAL_DEVICE_IDS)."
+        )
+    return visible // processes
+
+
+def has_tpu(root="/"):
+    """Whether TPU chips are attached to this host: device files of older hosts, or PCI devices given to user space."""
+    root = pathlib.Path(root)
+    if any(root.glob("dev/accel[0-9]*")):
+        return True
+    for vendor in root.glob("sys/bus/pci/drivers/vfio-pci/*/vendor"):
+        with contextlib.suppress(OSError):  # unplugged just now
+            if vendor.read_text().strip() == _GOOGLE_PCI_VENDOR:
+                return True
+    return False
 
 
 def process_start(pid):
