@@ -2,12 +2,12 @@
 
     pip install libtpu
     python scripts/measure_memory.py pipeline --schedule=1f1b --microbatches 8 16 32 64
-    python scripts/measure_memory.py context --shards 4 8 16 32 --vocab 512
+    python scripts/measure_memory.py context --shards 4 8 16 32 --width 512 --vocab 512
 
 print one JSON line for each size: bytes per device of the training step as the TPU's compiler plans them (`llmos plan`), and
 of a pipeline the share of its ticks in which a stage idles. `pipeline`: a GPT of 5 billion parameters on v5p 4x4x4
-(pipeline 4 x data 4 x model 4), microbatches of 8 rows of 2,048 tokens. `context`: a Llama of 8 layers of width 2,048 on one
-row of 131,072 tokens; with a small vocabulary what is left is the activations of the blocks.
+(pipeline 4 x data 4 x model 4), microbatches of 8 rows of 2,048 tokens. `context`: a Llama of 8 layers on one row of
+131,072 tokens; the narrower it is, and the smaller its vocabulary, the less of its memory is weights that are gathered.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def of_pipeline(args):
 def of_context(args):
     """Yields (experiment, topology, what varies, settings) for every number of shards of the context axis."""
     for shards in args.shards:
-        varied = {"form": args.form, "shards": shards, "length": args.length, "vocab": args.vocab}
+        varied = {"form": args.form, "shards": shards, "width": args.width, "length": args.length, "vocab": args.vocab}
         yield (
             "llama.py:size=7b",
             f"v5p:{SLICES[shards]}",
@@ -86,6 +86,7 @@ def main():
     context.add_argument("--shards", type=int, nargs="+", default=[4, 8, 16, 32], choices=SLICES)
     context.add_argument("--form", choices=("ring", "all_gather"), default="ring")
     context.add_argument("--length", type=int, default=131072)
+    context.add_argument("--width", type=int, default=2048)
     context.add_argument("--vocab", type=int, default=50304)
     for kind in (pipeline, context):
         kind.add_argument("--remat", default="full")

@@ -12,7 +12,15 @@ SCRIPT = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "scripts" / "mea
 @pytest.mark.parametrize("kind", ["pipeline", "context"])
 def test_every_point_is_a_setting_of_its_experiment(kind):
     args = argparse.Namespace(
-        schedule="circular", repeats=2, microbatches=[8, 64], remat="full", shards=[4, 128], form="ring", length=4096, vocab=512
+        schedule="circular",
+        repeats=2,
+        microbatches=[8, 64],
+        remat="full",
+        shards=[4, 128],
+        form="ring",
+        length=4096,
+        width=512,
+        vocab=512,
     )
     points = list(SCRIPT[f"of_{kind}"](args))
     assert len(points) == 2
