@@ -96,15 +96,22 @@ def plan(settings, topology):
     task_unit = config.unit("llmos_jax.tasks", settings.task.name)
     task = task_unit.outline(settings.task, model=settings.model, data=settings.data)
     settings = dataclasses.replace(settings, model=task.model_config)
-    check_batch(settings, placement)
     handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    check_batch(settings, placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     traced, _ = step_compile.trace_step(settings, task.loss, task.fields, handle, optimizer, placement)
+    slices = settings.train.microbatches
+    if placement.pipeline and placement.pipeline.schedule == "1f1b":  # the others join their microbatches before the head
+        slices *= placement.pipeline.microbatches
+    rows = settings.train.batch_size // slices
+    wholes, unchecked = step_compile.whole_arrays(handle, placement, rows, task.tokens_per_row)
     return make_report(
         traced,
         placement.mesh,
         model_flops=task.flops_per_token * task.tokens_per_row * settings.train.batch_size,
-        wholes=step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row),
+        wholes=wholes,
+        unchecked=unchecked,
+        bubble=placement.pipeline.bubble if placement.pipeline else 0.0,
         compiler_options=xla.compiler_options(placement.mesh.devices.flat[0], settings.train.compiler_options),
     )
 
