@@ -25,6 +25,31 @@ def load_settings(spec, overrides=()):
     return settings, default_directory(path, arg)
 
 
+def load_prepare_settings(spec, overrides=()):
+    """Returns (PrepareConfig, default dataset folder) of the experiment `NAME.py[:ARG]` with (path, text) overrides."""
+    from llmos_jax.data.clean.pipeline import PrepareConfig
+
+    tree, path, arg = config.load_experiment(spec)
+    settings = config.parse(PrepareConfig, config.apply_overrides(tree, overrides))
+    return settings, default_directory(path, arg)
+
+
+def run_preparation(settings, directory):
+    """Cleans the sources of a PrepareConfig into the dataset folder `directory`; returns its newest Version.
+
+    Going on where it was stopped, by whatever. Raises RunDirectoryLocked when another process is preparing it, and what
+    `data.clean.pipeline.prepare_dataset` does.
+    """
+    from llmos_jax.data.clean.pipeline import prepare_dataset
+    from llmos_jax.train.directory import prepare_directory
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    directory = pathlib.Path(directory)
+    prepare_directory(directory)
+    with RunDirectoryLease(directory), _log_file(directory / "log.txt"):
+        return prepare_dataset(settings, directory, log=logging.info)
+
+
 def default_directory(path, arg=""):
     """Returns the run directory of the experiment file `path` with options `arg`, when none is named."""
     slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", arg).strip("_")

@@ -90,9 +90,9 @@ class _Input:
 
     def __init__(self, source, cache):
         self.source = source
-        self.files = [] if source.path.startswith("tfds:") else sources_lib.list_files(source)
-        self.bytes = sum(file.stat().st_size for file in self.files)
-        self.content = self._tfds_content() if not self.files else self._file_content(cache)
+        self.files = sources_lib.list_files(source)
+        self.bytes = sum(file.size_bytes for file in self.files)
+        self.content = self._content(cache)
 
     def split_of(self, document, fraction):
         digest = hashlib.sha256(os.fsencode(document.key)).digest()
@@ -119,22 +119,11 @@ class _Input:
         empty = [split for split in SPLITS if split not in seen]
         yield empty[0] if len(empty) == 1 else self.split_of(first, fraction), first.text
 
-    def _tfds_content(self):
-        import tensorflow_datasets as tfds
-
-        try:
-            info = tfds.builder(self.source.path.removeprefix("tfds:")).info
-        except (tfds.core.DatasetNotFoundError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{self.source.path} is no TFDS dataset that is prepared here: {reason}") from None
-        return fingerprint([info.full_name, info.dataset_size, {k: v.num_examples for k, v in info.splits.items()}])
-
-    def _file_content(self, cache):
-        stamps = [[str(f), s.st_size, s.st_mtime_ns] for f in self.files for s in [f.stat()]]
-        note = cache / "hashes" / f"{fingerprint(stamps)}.txt"
+    def _content(self, cache):
+        note = cache / "hashes" / f"{fingerprint([[f.path, f.size_bytes, f.stamp] for f in self.files])}.txt"
         if note.is_file():
             return note.read_text()
-        content = sources_lib.content_hash(self.source, self.files)
+        content = sources_lib.content_hash(self.files)
         _keep(note, content)
         return content
 
@@ -218,9 +207,8 @@ def _tokenizer_texts(config, inputs, log):
 
 def _prepare_one(config, item, tokenizer, cache, log):
     """Returns the folder of one raw source's records, writing it if it is not there."""
-    key = fingerprint(
-        [item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT]
-    )
+    reading = [item.source.text_key, item.source.format, item.source.repair, item.source.main_content]
+    key = fingerprint([item.content, reading, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT])
     folder = cache / f"records-{key}"
     if is_store(folder):
         return folder
