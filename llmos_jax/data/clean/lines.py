@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from llmos_jax.data.clean.words import batches, code_points, concatenate, prefix_sums, stretch_hashes
+from llmos_jax.data.clean.words import OfTexts, code_points, prefix_sums, stretch_hashes
 
 # Unicode's property Sentence_Terminal, in ranges: what ends a sentence in any script.
 _TERMINAL_RANGES = (
@@ -119,11 +119,5 @@ def _find(texts):
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _lines_of(texts):
-    return concatenate(Lines, [_find(texts[part]) for part in batches(texts)] or [_find(())])
-
-
-def lines_of(texts):
-    """Returns the Lines of a list of texts; those of the list asked for last are kept, since many steps ask for the same."""
-    return _lines_of(tuple(texts))
+# Returns the Lines of a list of texts.
+lines_of = OfTexts(_find)

@@ -10,7 +10,7 @@ _BATCH_WORDS = 1 << 16
 
 
 def group(keys):
-    """Returns (order, same): `keys[order]` is sorted by value and place, `same` [N - 1] tells which of it equals the one before.
+    """Returns (order, same): `keys[order]` is sorted by value, then place; `same` [N - 1]: which of it equals the one before.
 
     The place of a key takes the low bits of what is sorted, so of N keys only the upper 64 - log2(N) bits count.
     """
@@ -29,7 +29,7 @@ def repeated(keys):
 
 
 def ngram_places(first, n):
-    """Returns (places, documents): where the n-grams start that lie within one document; `first` [documents + 1] are borders."""
+    """Returns (places, documents): where n-grams start that lie within one document; `first` [documents + 1] are borders."""
     counts = np.maximum(np.diff(first) - n + 1, 0)
     documents = np.repeat(np.arange(len(counts)), counts)
     within = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)

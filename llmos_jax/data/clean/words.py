@@ -27,7 +27,11 @@ _CLASS_OF_MARK |= dict.fromkeys(":<>：", _COLON) | dict.fromkeys("'’‘", _QU
 _SHORT = [ord(letter) for letter in "smd"]
 _LONG = [ord(one) * 256 + ord(two) for one, two in ("ll", "re", "ve")]
 _UNITS = [ord(unit) for unit in "mgtTGMK"]
-_LONG_UNITS = [ord(unit[0]) << 21 | ord(unit[1]) for unit in "km dm cm mm nm ha yd in ft kg mg lb oz mb MB kb KB gb GB tb TB Pa".split()]
+_LONG_UNITS = [
+    ord(first) << 21 | ord(second)
+    for first, seconds in {"k": "mgb", "K": "B", "m": "mgb", "M": "B", "c": "m", "g": "b", "G": "B", "T": "B", "P": "a"}.items()
+    for second in seconds
+]
 _HAS_LETTER, _NO_SIGN = 1, 2
 _BASE = 0x9E3779B97F4A7C15
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
@@ -265,23 +269,49 @@ def _find(texts):
     )
 
 
-def concatenate(kind, parts):
-    """Returns one `kind`, a dataclass of arrays with borders `first`, of those of consecutive batches of documents."""
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "first"]
+class OfTexts:
+    """Arrays found in lists of texts, kept for the texts asked for last: many steps look at the same ones, or at some of them.
+
+    find(texts): a dataclass of arrays with borders `first` [n + 1] for a batch of n texts.
+    """
+
+    def __init__(self, find):
+        self._find = find
+        self._places, self._held = {}, find(())
+
+    def __call__(self, texts):
+        """Returns the arrays for a list of texts."""
+        texts = tuple(texts)
+        if texts == tuple(self._places):
+            return self._held
+        places = list(map(self._places.get, texts))
+        if None not in places:
+            return _select(self._held, np.array(places, np.int64))
+        held = concatenate([self._find(texts[part]) for part in batches(texts)] or [self._find(())])
+        if len(set(texts)) == len(texts):
+            self._places, self._held = {text: place for place, text in enumerate(texts)}, held
+        return held
+
+
+def _columns(arrays):
+    return {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays) if field.name != "first"}
+
+
+def concatenate(parts):
+    """Returns one dataclass of arrays with borders `first` from those of consecutive batches of documents."""
     shifts = np.cumsum([0, *(part.first[-1] for part in parts)])
     first = [part.first[:-1] + shift for part, shift in zip(parts, shifts, strict=False)]
-    columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
-    return kind(first=np.concatenate([*first, shifts[-1:]]), **columns)
+    columns = [_columns(part) for part in parts]
+    joined = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
+    return type(parts[0])(first=np.concatenate([*first, shifts[-1:]]), **joined)
 
 
-@functools.lru_cache(maxsize=1)
-def _words_of(texts):
-    return concatenate(Words, [_find(texts[part]) for part in batches(texts)] or [_find(())])
-
-
-def words_of(texts):
-    """Returns the Words of a list of texts; those of the list asked for last are kept, since many steps ask for the same."""
-    return _words_of(tuple(texts))
+def _select(arrays, documents):
+    """Returns what `arrays` hold for the numbers `documents`, in their order."""
+    counts = np.diff(arrays.first)[documents]
+    first = np.concatenate([[0], np.cumsum(counts)])
+    places = np.repeat(arrays.first[documents] - first[:-1], counts) + np.arange(first[-1])
+    return type(arrays)(first=first, **{name: values[places] for name, values in _columns(arrays).items()})
 
 
 @functools.cache
@@ -289,3 +319,7 @@ def hash_of(word):
     """Returns the hash that `Words.hashes` holds for a word, an unsigned whole number."""
     codes, starts = code_points([word])
     return stretch_hashes(prefix_sums(codes), starts, starts + len(word))[0]
+
+
+# Returns the Words of a list of texts.
+words_of = OfTexts(_find)
