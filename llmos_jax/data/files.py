@@ -14,6 +14,7 @@ import zlib
 from llmos_jax.config import fingerprint
 from llmos_jax.errors import ConfigError, DataError
 
+TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
 _CHUNK = 1 << 18
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
@@ -64,7 +65,12 @@ class SourceFile:
         return raw
 
     def content_hash(self):
-        """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read."""
+        """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read.
+
+        TFDS and clean datasets have it in their own records already.
+        """
+        if self.path.startswith((TFDS, DATASET)):
+            return self.stamp
         try:
             with self.open_raw() as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest()

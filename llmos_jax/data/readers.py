@@ -9,7 +9,8 @@ import io
 import json
 import sys
 
-from llmos_jax.data.files import DAMAGE, missing_extra
+from llmos_jax.data.clean.dataset import read_verified
+from llmos_jax.data.files import DAMAGE, DATASET, TFDS, missing_extra
 from llmos_jax.errors import DataError
 
 _ENDINGS = {
@@ -34,8 +35,9 @@ _CHUNK = 1 << 20
 
 def format_of(file, asked="auto"):
     """Returns how a SourceFile is read: as asked, or by its name; what no ending tells is text."""
-    if file.path.startswith("tfds:"):
-        return "tfds"
+    for prefix, kind in ((TFDS, "tfds"), (DATASET, "dataset")):
+        if file.path.startswith(prefix):
+            return kind
     if asked != "auto":
         return asked
     name = file.path.lower()
@@ -380,6 +382,15 @@ def _read_tfds(file, source, limit):
             yield error
 
 
+def _read_dataset(file, source, limit):
+    """Documents of a clean dataset, with the keys that they have there; the file's bytes are verified first."""
+    table = read_verified(file.path.removeprefix(DATASET), file.stamp, ["key", "source", "text", "metadata"])
+    for batch in table.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            if file.key in ("", row["source"]):
+                yield row["key"], row["text"], json.loads(row["metadata"])
+
+
 _READERS = {
     "text": _read_text,
     "jsonl": _read_jsonl,
@@ -389,4 +400,5 @@ _READERS = {
     "html": _read_html,
     "warc": _read_warc,
     "tfds": _read_tfds,
+    "dataset": _read_dataset,
 }

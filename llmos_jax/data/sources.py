@@ -7,7 +7,8 @@ import pathlib
 import sysconfig
 
 from llmos_jax.config import fingerprint, setting
-from llmos_jax.data.files import SourceFile, list_local, list_path
+from llmos_jax.data.clean.dataset import is_dataset, open_dataset
+from llmos_jax.data.files import DATASET, SourceFile, list_local, list_path
 from llmos_jax.data.readers import FORMATS, format_of, read_file
 from llmos_jax.errors import ConfigError, DataError
 
@@ -19,7 +20,7 @@ class SourceConfig:
     path: str = setting(
         "stdlib",
         help="stdlib[:PACKAGE], a file, folder or fsspec URL (text, jsonl, csv, parquet, arrow, HTML, WARC), tfds:NAME, a "
-        "cleaned dataset or prepared records",
+        "clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
     )
     weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
     text_key: str = setting("text", help="field that holds the text in jsonl, csv, parquet, arrow and TFDS")
@@ -57,6 +58,9 @@ def list_files(source):
     """Returns the SourceFiles of a source in a fixed order; ConfigError names a path that does not exist."""
     if source.path.startswith("tfds:"):
         return [_tfds_file(source)]
+    folder, _, part = source.path.partition("#")
+    if is_dataset(folder):
+        return _dataset_files(source, open_dataset(folder), part)
     if not (source.path == "stdlib" or source.path.startswith("stdlib:")):
         return list_path(source.path)
     root = pathlib.Path(sysconfig.get_path("stdlib"), source.path.partition(":")[2])
@@ -82,15 +86,16 @@ def read_records(source, file, limit=None):
         if isinstance(item, DataError):
             yield item
         elif item[1].strip():
-            yield Document(f"{file.key}{item[0]}", item[1], licence | item[2])
+            key = item[0] if file.path.startswith(DATASET) else f"{file.key}{item[0]}"
+            yield Document(key, item[1], licence | item[2])
 
 
 def read_documents(source, files, log=print):
     """Yields the Documents of a source, in a fixed order and one file at a time.
 
     Documents without any text are passed over. In a folder, files that are empty, binary, unreadable or undecodable are
-    counted, named and left out (from the place of the damage on); DataError when nothing is left, or when the only file
-    that was asked for is bad.
+    counted, named and left out (from the place of the damage on); DataError when nothing is left, when the only file that
+    was asked for is bad, or when a file of a clean dataset is.
     """
     left_out, total = [], 0
     for file in files:
@@ -102,7 +107,7 @@ def read_documents(source, files, log=print):
                 count += 1
                 yield item
         except DataError as error:
-            if len(files) == 1:
+            if len(files) == 1 or file.path.startswith(DATASET):
                 raise
             left_out.append(f"{error} Its {count} documents before that are used." if count else str(error))
         total += count
@@ -120,9 +125,20 @@ def content_hash(files):
     """Returns a hash of the bytes of a source's files and of their keys, 64 hex digits."""
     total = hashlib.sha256()
     for file in files:
-        content = file.stamp if file.path.startswith("tfds:") else file.content_hash()
-        total.update(os.fsencode(file.key) + b"\0" + content.encode())
+        total.update(os.fsencode(file.key) + b"\0" + file.content_hash().encode())
     return total.hexdigest()
+
+
+def _dataset_files(source, version, part):
+    """Returns the files of a clean dataset; their documents bring their own keys. `part`: one of its sources, or "" for all."""
+    names = [described["name"] for described in version.manifest["sources"]]
+    if part and part not in names:
+        raise ConfigError(f"data source {source.path!r}: the dataset has no source {part!r}; it has {', '.join(names)}.")
+    entries = version.manifest["files"]["documents"]
+    if not entries:
+        raise DataError(f"{version.directory} holds no document: every one was removed.")
+    folder = version.directory
+    return [SourceFile(f"{DATASET}{folder / e['name']}", part, e["bytes"], e["sha256"]) for e in entries]
 
 
 def _tfds_file(source):

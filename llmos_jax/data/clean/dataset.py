@@ -1,6 +1,6 @@
 """A clean dataset on disk: versions, each a folder of parquet files with a manifest that says what is in it and why.
 
-    DIR/versions/0001/manifest.json    settings, funnel, files with their hashes, sources and licences
+    DIR/versions/0001/dataset.json     settings, funnel, files with their hashes, sources and licences
                       documents-*.parquet   key, source, text, metadata, and an attribute a column
                       removed-*.parquet     the same for removed documents, with step and reason
                       cut-*.parquet         what transforms cut out of texts
@@ -22,10 +22,11 @@ import numpy as np
 from llmos_jax.config import differences, fingerprint, library_versions, to_plain
 from llmos_jax.data.clean.objects import Objects
 from llmos_jax.data.clean.output import KINDS
+from llmos_jax.data.files import missing_extra
 from llmos_jax.errors import ConfigError, DataError
 
 VERSIONS = "versions"
-MANIFEST_FILE = "manifest.json"
+MANIFEST_FILE = "dataset.json"
 KIND = "clean dataset"
 FORMAT = 1
 # Settings that change no byte of the result.
@@ -51,23 +52,29 @@ class Version:
 
     def read(self, file, columns=None):
         """Returns the pyarrow Table of a file's entry in the manifest; DataError when it is not the file that was written."""
-        import pyarrow
-        import pyarrow.parquet
-
-        path = self.directory / file["name"]
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise DataError(f"{path} can't be read ({error.strerror}): prepare the dataset again.") from None
-        if hashlib.sha256(content).hexdigest() != file["sha256"]:
-            raise DataError(f"{path} is not what its manifest says: it was cut, changed or damaged; prepare the dataset again.")
-        return pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=columns)
+        return read_verified(self.directory / file["name"], file["sha256"], columns)
 
     def iterate(self, kind="documents", columns=None):
         """Yields the rows of one kind of file as dicts, in order and verified; DataError names a file that is damaged."""
         for file in self.manifest["files"][kind]:
             for batch in self.read(file, columns).to_batches(max_chunksize=4096):
                 yield from batch.to_pylist()
+
+
+def read_verified(path, sha256, columns=None):
+    """Returns the pyarrow Table of a parquet file whose bytes have that hash; DataError when they have not."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise missing_extra("pyarrow", path) from None
+    try:
+        content = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} can't be read ({error.strerror}): prepare the dataset again.") from None
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise DataError(f"{path} is not what its manifest says: it was cut, changed or damaged; prepare the dataset again.")
+    return pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=columns)
 
 
 def write_version(directory, config, inputs, funnel, outputs):
@@ -284,21 +291,11 @@ def _link(source, target):
 
 
 def _sources(config, inputs):
-    from llmos_jax.data.clean.reading import source_names
-
     described = []
-    for name, source in zip(source_names(config.sources), config.sources, strict=True):
+    for name, source in zip(inputs["names"], config.sources, strict=True):
         rows = [row for row in inputs["files"] if row[0] == name]
-        described.append(
-            {
-                "name": name,
-                "path": source.path,
-                "licence": source.licence,
-                "files": len(rows),
-                "bytes": sum(row[3] for row in rows),
-                "content": fingerprint([[row[1], row[4]] for row in rows]),
-            }
-        )
+        facts = {"files": len(rows), "bytes": sum(row[3] for row in rows), "content": fingerprint([row[1::3] for row in rows])}
+        described.append({"name": name, "path": source.path, "licence": source.licence} | facts)
     return described
 
 

@@ -100,7 +100,7 @@ def _read(config, objects, runner, log):
         for (number, group), contents in zip(groups, hashes, strict=True)
         for file, content in zip(group, contents, strict=True)
     ]
-    return shards, names, {"files": rows, "bad": messages, "bad_count": bad}
+    return shards, names, {"names": names, "files": rows, "bad": messages, "bad_count": bad}
 
 
 def _stages(steps):

@@ -39,7 +39,7 @@ def hash_task(files):
 def hash_files(objects, files):
     """Returns {"hashes": SHA-256 of the bytes of each file}."""
     files = [SourceFile(**file) for file in files]
-    return {"hashes": [file.stamp if file.path.startswith("tfds:") else file.content_hash() for file in files]}
+    return {"hashes": [file.content_hash() for file in files]}
 
 
 def group_files(files, size_bytes):
