@@ -142,7 +142,7 @@ class _Input:
         }
 
     def _content(self, cache):
-        note = cache / "hashes" / f"{fingerprint([[f.path, f.size_bytes, f.stamp] for f in self.files])}.txt"
+        note = cache / "hashes" / f"{fingerprint([[f.path, f.key, f.size_bytes, f.stamp] for f in self.files])}.txt"
         if note.is_file():
             return note.read_text()
         content = sources_lib.content_hash(self.files)

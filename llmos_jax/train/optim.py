@@ -51,7 +51,9 @@ class OptimConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name in _WITHOUT_EFFECT.get(self.name, ()):
             if getattr(self, name) != defaults[name]:
-                raise ConfigError(f"optim.{name}={getattr(self, name)} has no effect with optim.name={self.name}: leave it out.")
+                raise ConfigError(
+                    f"optim.{name}={getattr(self, name)} has no effect with optim.name={self.name}: leave it out."
+                )
 
 
 def schedule(config, progress):
