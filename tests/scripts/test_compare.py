@@ -13,6 +13,7 @@ import pytest
 from llmos_jax import api, main
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.train.settings import check_batch
+from tests.gang import TINY
 
 STEPS = 6
 
@@ -101,9 +102,9 @@ def test_documented_commands_are_runs_that_can_be_made(words):
 
 @pytest.mark.timeout(900)
 def test_it_runs_two_meshes_itself():
-    """The documented command, for three steps."""
+    """The documented command, for three steps of a smaller model."""
     (words,) = [words for words in documented() if any(word.startswith("--devices") for word in words)]
-    quick = " --config.train.steps=3 --config.train.evaluate_every_steps=none"
+    quick = "".join(f" --config.{name}={value}" for name, value in (TINY | {"train.steps": 3}).items())
     done = compare(*[word + quick if word.startswith("--common") else word for word in words], timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train/loss: 3 steps in common" in done.stdout
