@@ -77,5 +77,5 @@ class RepeatedParagraphs(Global, Transform):
                 if place not in cut
             ]
             removed[number] = "\n".join(part for place, part in enumerate(parts[::2]) if place in cut)
-            texts[number] = "".join(kept).strip("\n")
+            texts[number] = "".join(kept).lstrip("\n").rstrip()
         return texts, {"repeats": counts}, removed
