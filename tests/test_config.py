@@ -140,7 +140,8 @@ def check_golden(settings, path, arg, request):
 
 def test_items_of_lists_are_overridden_by_number_or_name():
     settings, _ = load_prepare_settings(
-        f"{PREPARE}:data=corpus", [("steps.length.at_least", "7"), ("steps.0.max_blank_lines", "9"), ("sources.corpus.licence", "MIT")]
+        f"{PREPARE}:data=corpus",
+        [("steps.length.at_least", "7"), ("steps.0.max_blank_lines", "9"), ("sources.corpus.licence", "MIT")],
     )
     assert (settings.steps[-1].at_least, settings.steps[0].max_blank_lines, settings.sources[0].licence) == (7, 9, "MIT")
     with pytest.raises(ConfigError, match="steps.lenght.at_least: there is no item 'lenght'; did you mean 'length'"):
