@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 
+from llmos_jax.data.clean.objects import SMALL
+
 # What steps note for the runner's own use.
 _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
@@ -27,7 +29,7 @@ def write_shard(objects, key, shard, source, layers, state, attributes):
 
     def write(kind, columns, utf8_bytes):
         name = f"output/{key}-{kind}.parquet"
-        objects.write_table(name, columns)
+        objects.write_table(name, columns, SMALL)
         result[kind] = {"name": name, "documents": len(columns["key"]), "utf8_bytes": int(np.sum(utf8_bytes))}
         names.append(name)
 
