@@ -122,7 +122,7 @@ def test_golden_settings(path, arg, request):
     check_golden(settings, path, arg, request)
 
 
-@pytest.mark.parametrize("arg", ["", "data=corpus+more.jsonl.zst,licence=CC0"])
+@pytest.mark.parametrize("arg", ["", "data=corpus+more.jsonl.zst,licence=CC0", "data=pages,kind=web"])
 def test_golden_settings_of_preparation(arg, request):
     settings, _ = load_prepare_settings(f"{PREPARE}:{arg}")
     check_golden(settings, PREPARE, arg, request)

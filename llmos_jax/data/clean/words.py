@@ -61,23 +61,30 @@ class Words:
         return sums[self.first[1:]] - sums[self.first[:-1]]
 
 
+def every_character():
+    """Returns an array of all characters in the order of code points, as numpy's texts of length one."""
+    return np.arange(0x110000, dtype=np.uint32).view("U1")
+
+
 @functools.cache
 def _character_tables():
     """Returns tables by code point: class (uint8), _LETTER and _WORD flags (uint8), lower case (uint32)."""
-    every = [chr(code) for code in range(0x110000)]
+    every = every_character()
     classes = np.full(len(every), _OTHER, np.uint8)
-    classes[[c.isspace() for c in every]] = _SPACE
-    classes[[c.isalpha() for c in every]] = _LOWER
-    classes[[c.isupper() for c in every]] = _UPPER
-    classes[[c.isdigit() for c in every]] = _DIGIT
-    classes[[unicodedata.category(c) == "So" for c in every]] = _MARK
+    classes[np.strings.isspace(every)] = _SPACE
+    is_letter = np.strings.isalpha(every)
+    classes[is_letter] = _LOWER
+    classes[np.strings.isupper(every)] = _UPPER
+    classes[np.strings.isdigit(every)] = _DIGIT
+    # Symbols such as arrows and pictures, all of them in the first two planes.
+    classes[[code for code in range(0x20000) if unicodedata.category(chr(code)) == "So"]] = _MARK
     for mark, kind in _CLASS_OF_MARK.items():
         classes[ord(mark)] = kind
-    flags = np.where([c.isalpha() for c in every], _HAS_LETTER | _NO_SIGN, _NO_SIGN).astype(np.uint8)
+    flags = np.where(is_letter, _HAS_LETTER | _NO_SIGN, _NO_SIGN).astype(np.uint8)
     flags[[ord(c) for c in _SIGNS]] = 0
     flags[:32] = flags[127:160] = 0
     flags[classes == _SPACE] = 0
-    lower = np.array([ord(c.lower()) if len(c.lower()) == 1 else ord(c) for c in every], np.uint32)
+    lower = np.ascontiguousarray(np.strings.lower(every)).view(np.uint32)
     return classes, flags, lower
 
 
@@ -277,15 +284,15 @@ class OfTexts:
 
     def __init__(self, find):
         self._find = find
-        self._places, self._held = {}, find(())
+        self._places, self._held = {}, None
 
     def __call__(self, texts):
         """Returns the arrays for a list of texts."""
         texts = tuple(texts)
-        if texts == tuple(self._places):
+        if texts and texts == tuple(self._places):
             return self._held
         places = list(map(self._places.get, texts))
-        if None not in places:
+        if texts and None not in places:
             return _select(self._held, np.array(places, np.int64))
         held = concatenate([self._find(texts[part]) for part in batches(texts)] or [self._find(())])
         if len(set(texts)) == len(texts):
