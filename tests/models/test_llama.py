@@ -14,7 +14,8 @@ from llmos_jax.compute.planner import matmul_flops
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import llama
-from llmos_jax.models.layers import RopeConfig, rms_norm, rope_frequencies, rotate, swiglu
+from llmos_jax.models.layers import rms_norm, swiglu
+from llmos_jax.models.rope import RopeConfig, rope_frequencies, rotate
 from llmos_jax.train.state import describe_model
 
 SMALL = llama.Config(vocab_size=96, context=24, width=32, layers=3, heads=4, kv_heads=2, mlp=80)
