@@ -46,7 +46,12 @@ MODELS = {
     "llama-bf16": ("LlamaConfig", GROUPED | dict(attention_bias=True, mlp_bias=True), "bfloat16", None),
     "llama-f16": ("LlamaConfig", GROUPED | dict(num_key_value_heads=4), "float16", None),
     "llama-linear": ("LlamaConfig", GROUPED | scaled("linear", factor=4.0), "float32", None),
-    "llama-dynamic": ("LlamaConfig", GROUPED | dict(max_position_embeddings=8) | scaled("dynamic", factor=2.0), "float32", None),
+    "llama-dynamic": (
+        "LlamaConfig",
+        GROUPED | dict(max_position_embeddings=8) | scaled("dynamic", factor=2.0),
+        "float32",
+        None,
+    ),
     "llama-yarn": (
         "LlamaConfig",
         GROUPED | dict(head_dim=16) | scaled("yarn", factor=4.0, original_max_position_embeddings=16),
@@ -63,8 +68,7 @@ MODELS = {
     ),
     "llama-llama3": (
         "LlamaConfig",
-        GROUPED
-        | scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
+        GROUPED | scaled("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16),
         "float32",
         None,
     ),
@@ -114,8 +118,7 @@ MODELS = {
     "mixtral": ("MixtralConfig", GROUPED | dict(num_local_experts=4, intermediate_size=24), "float32", None),
     "qwen3-moe": (
         "Qwen3MoeConfig",
-        GROUPED
-        | dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, head_dim=8, norm_topk_prob=True),
+        GROUPED | dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=20, head_dim=8, norm_topk_prob=True),
         "float32",
         40_000,
     ),
