@@ -100,11 +100,14 @@ def plan(settings, topology):
     handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     traced, _ = step_compile.trace_step(settings, task.loss, task.fields, handle, optimizer, placement)
+    wholes, unchecked = step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row)
     return make_report(
         traced,
         placement.mesh,
         model_flops=task.flops_per_token * task.tokens_per_row * settings.train.batch_size,
-        wholes=step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row),
+        wholes=wholes,
+        unchecked=unchecked,
+        bubble=placement.pipeline.bubble if placement.pipeline else 0.0,
         compiler_options=xla.compiler_options(placement.mesh.devices.flat[0], settings.train.compiler_options),
     )
 

@@ -174,6 +174,13 @@ def attribute(module, name):
     return getattr(importlib.import_module(module), name)
 
 
+def import_all(package):
+    """Imports every module of a package: how registries that modules fill are made complete."""
+    root = importlib.import_module(package)
+    for info in pkgutil.iter_modules(root.__path__):
+        importlib.import_module(f"{package}.{info.name}")
+
+
 def unit_names(package):
     """Returns the sorted names of the modules of `package` that define a `Config` and a `build`."""
     root = importlib.import_module(package)

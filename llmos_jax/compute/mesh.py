@@ -31,7 +31,8 @@ class MeshConfig:
     is_sequence_sharded: bool = setting(True, help="norms and residuals sharded by position over the model axis")
     pipeline_schedule: str = setting(
         "1f1b",
-        help="1f1b: memory of activations independent of the microbatches; gpipe; circular: gpipe with several blocks a stage",
+        help="1f1b: memory of activations independent of the microbatches (every stage is computed twice forward, so "
+        "model.remat=none costs least and keeps one microbatch's); gpipe; circular: gpipe with several blocks a stage",
         choices=SCHEDULES,
     )
     pipeline_microbatches: int = setting(0, help="slices of a batch that follow each other; 0: twice the stages", at_least=0)

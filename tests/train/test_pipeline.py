@@ -4,10 +4,11 @@ import dataclasses
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos_jax.compute import pipeline
+from llmos_jax.compute import pipeline, planner
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
@@ -91,6 +92,21 @@ def test_every_block_sees_every_microbatch_once_in_order(stages, repeats, microb
     assert all(backward[m, depth - 1] == forward[m, depth - 1] for m in range(microbatches))
     idle = 1 - len(forward) / (stages * (max(forward.values()) + 1))
     assert idle == pytest.approx(plan.bubble)
+
+
+def test_what_rematerialisation_repeats_in_a_pipeline():
+    """Policies mean what they mean without stages; full keeps the inputs of a tick alone, 1F1B those of a stage in any case."""
+
+    def products(remat, schedule):
+        model = dataclasses.replace(DEEP, remat=remat)
+        trainer = Trainer(model=model, mesh=MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule))
+        traced = trainer.step.trace(trainer.state, trainer.place(make_batches(1)[0]), jnp.float32(0))
+        return planner.matmul_flops(traced.jaxpr.jaxpr)
+
+    kept = products("none", "gpipe")
+    assert products("matmuls", "gpipe") == kept
+    assert products("full", "gpipe") > 1.2 * kept
+    assert products("matmuls", "1f1b") == products("none", "1f1b")
 
 
 def test_few_microbatches_are_allowed_and_warned_of(caplog):

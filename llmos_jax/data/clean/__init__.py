@@ -1,0 +1,1 @@
+"""From raw text to clean text: steps over shards of documents, each of them a pure function with settings."""
