@@ -110,6 +110,9 @@ def _environment(steps):
                 _measure(len(left) + len(right))
             return super().call_binop(context, operator, left, right)
 
+        def wrap_str_format(self, value):
+            return None  # jinja2 would let `format` pass, and its widths make any length
+
         def is_safe_attribute(self, obj, attribute, value):
             is_known = attribute in _TEXT_METHODS if isinstance(obj, str) else True
             return is_known and super().is_safe_attribute(obj, attribute, value)

@@ -34,13 +34,14 @@ def _byte_alphabet():
     return table
 
 
-_BYTES = _byte_alphabet()
+# GPT-2's printable character of each byte.
+BYTES = _byte_alphabet()
 
 
 def token_bytes(token):
     """Returns the bytes that a token of byte-level BPE stands for."""
-    if all(character in _BYTES for character in token):
-        return bytes(_BYTES[character] for character in token)
+    if all(character in BYTES for character in token):
+        return bytes(BYTES[character] for character in token)
     return token.encode("utf-8")  # an added token is spelled as itself
 
 

@@ -135,6 +135,10 @@ class PretrainedTokenizer:
         """Returns what `load_tokenizer` reads: all files in one."""
         return {"llmos": ENVELOPE, "files": self.files}
 
+    def to_files(self):
+        """Returns {name: text} of the files that transformers reads: those that it came with."""
+        return dict(self.files)
+
     def _token(self, name):
         """Returns the spelling of a named special token, or None."""
         token = self.settings.get(name)

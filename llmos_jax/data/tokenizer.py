@@ -8,8 +8,8 @@ import re
 
 import numpy as np
 
-from llmos_jax.data.decoding import StreamDecoder, decode, digest, token_bytes
-from llmos_jax.data.pretrained import ENVELOPE, PretrainedTokenizer, files_beside, read_model
+from llmos_jax.data.decoding import BYTES, StreamDecoder, decode, digest, token_bytes
+from llmos_jax.data.pretrained import ENVELOPE, SETTINGS_FILE, PretrainedTokenizer, files_beside, read_model
 from llmos_jax.errors import ConfigError, DataError
 
 END_TEXT = "<|endoftext|>"
@@ -65,6 +65,16 @@ class ByteTokenizer:
     def to_json(self):
         """Returns what `load_tokenizer` reads."""
         return {"llmos": "byte"}
+
+    def to_files(self):
+        """Returns {name: text} of the files that transformers reads."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        model = Tokenizer(models.BPE({character: byte for character, byte in BYTES.items()}, []))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([END_TEXT])
+        return _files(model)
 
 
 class BPETokenizer:
@@ -135,6 +145,12 @@ class BPETokenizer:
     def to_json(self):
         """Returns the library's own `tokenizer.json` content."""
         return json.loads(self._model.to_str())
+
+    def to_files(self):
+        """Returns {name: text} of the files that transformers reads."""
+        from tokenizers import Tokenizer
+
+        return _files(Tokenizer.from_str(self._model.to_str()))
 
 
 def train_bpe(texts, vocab_size):
@@ -227,6 +243,16 @@ def _is_cut_at_spaces(tree):
     split = tree.get("pre_tokenizer") or {}
     is_plain = split.get("type") == "ByteLevel" and not split.get("add_prefix_space") and split.get("use_regex", True)
     return is_plain and not tree.get("normalizer") and all(token["special"] for token in tree.get("added_tokens", ()))
+
+
+def _files(model):
+    """Returns transformers' files of a tokenizer of ours, with what `prompt` puts before a text."""
+    from tokenizers import processors
+
+    end = (END_TEXT, model.token_to_id(END_TEXT))
+    model.post_processor = processors.TemplateProcessing(single=f"{END_TEXT} $A", special_tokens=[end])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_TEXT, "eos_token": END_TEXT}
+    return {"tokenizer.json": model.to_str(pretty=True), SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}
 
 
 def _behind_end(tokenizer, text):

@@ -16,11 +16,11 @@ class Architecture:
     """One architecture of transformers as settings of one of our models.
 
     name, model_type: as `config.json` has them. unit: our model's module. keys: {its key: our setting, or several}. defaults:
-    {its key: value} where the file leaves it out. constants: our settings that it implies. allowed: {its key: values that
-    are computed here}; another one is refused. windows: how the layers with a window are told (`model_config.WINDOWS`).
-    pattern: every so many layers one has none. ropes: "one", "by kind" of layer, or None. names: entries of the module's
-    `HF_NAMES` that are other here. ignored: endings of tensors that hold no parameter. prefix: of tensors' names, which files
-    of the bare model leave out.
+    {its key: value} where the file leaves it out. aliases: {its key: the one that some releases write}. constants: our
+    settings that it implies. allowed: {its key: values that are computed here}; another one is refused. windows: how the
+    layers with a window are told (`model_config.WINDOWS`). pattern: every so many layers one has none. ropes: "one", "by
+    kind" of layer, or None. names: entries of the module's `HF_NAMES` that are other here. ignored: endings of tensors that
+    hold no parameter. prefix: of tensors' names, which files of the bare model leave out.
     """
 
     name: str
@@ -28,6 +28,7 @@ class Architecture:
     unit: str = "llama"
     keys: Mapping[str, str | tuple[str, ...]] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     constants: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allowed: Mapping[str, tuple] = dataclasses.field(default_factory=dict)
     windows: str = "none"
@@ -160,6 +161,7 @@ ARCHITECTURES = (
         "qwen3_moe",
         keys=_KEYS | _ATTENTION_BIAS | _QWEN_MOE | {"norm_topk_prob": "is_router_normalised"},
         defaults=_DEFAULTS | {"num_key_value_heads": 4, "attention_bias": False, "norm_topk_prob": False},
+        aliases={"num_experts": "num_local_experts"},
         constants={"is_qk_normed": True},
         allowed=_SILU | {"decoder_sparse_step": (1,), "mlp_only_layers": (None, [])},
         windows="switched",

@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmos_jax.config import unit
+from llmos_jax.config import differences, to_plain, unit
 from llmos_jax.errors import ConfigError, DataError
 from llmos_jax.interop import layout, safetensors
 from llmos_jax.interop.architectures import Architecture
-from llmos_jax.interop.model_config import read_config, write_config
+from llmos_jax.interop.model_config import essence, read_config, write_config
 
 SCHEME = "hf:"
 CONFIG_FILE = "config.json"
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+# What weights may be in a file.
+FLOATS = ("float64", "float32", "float16", "bfloat16")
 # What a repository may hold that is fetched: never pickles, never code.
 _FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 # transformers' own default was this for years; files of this size fit everywhere.
@@ -92,10 +93,11 @@ def read_checkpoint(source):
     tree = read_json(file)
     architecture, config = read_config(tree, file)
     tensors = safetensors.read_checkpoint(folder)
+    _check_sizes(config, tensors, file)
     sizes = {}
     for tensor in tensors.values():
         sizes[tensor.dtype.name] = sizes.get(tensor.dtype.name, 0) + tensor.nbytes
-    dtype = max((name for name in sizes if name in _FLOATS), key=sizes.get, default="float32")
+    dtype = max((name for name in sizes if name in FLOATS), key=sizes.get, default="float32")
     return Checkpoint(folder, tree, architecture, config, tensors, dtype)
 
 
@@ -111,6 +113,15 @@ def read_json(file):
     if not isinstance(tree, dict):
         raise DataError(f"{file} holds no JSON object.")
     return tree
+
+
+def check_model(checkpoint, config):
+    """Raises ConfigError, with what differs, when a model's settings are not what the checkpoint's weights are for."""
+    changed = differences(to_plain(essence(checkpoint.config)), to_plain(essence(config)), "model")
+    if changed:
+        raise ConfigError(
+            f"the weights of {checkpoint.folder} are of another model ({'; '.join(changed[:5])}): leave these settings to them."
+        )
 
 
 def load_params(checkpoint, abstract):
@@ -134,23 +145,35 @@ def load_params(checkpoint, abstract):
     return jax.tree.unflatten(structure, [places[_path_name(path)].whole() for path, _ in leaves])
 
 
-def save_checkpoint(params, config, folder, *, dtype, original=None, files=None, shard_bytes=SHARD_BYTES):
+def check_target(folder, config, original=None):
+    """Returns (Architecture, content of config.json) that a model would be written with, before anything is read for it.
+
+    Raises ConfigError when `folder` has something in it, or when no architecture of transformers fits the settings.
+    """
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is there already: name a new folder.")
+    return write_config(config, original)
+
+
+def save_checkpoint(params, config, folder, *, dtype, original=None, tokens=None, files=None, shard_bytes=SHARD_BYTES):
     """Writes parameters as a folder that transformers' `from_pretrained` loads; returns its Architecture.
 
     config: the model's settings. dtype: of the files ("float32", "bfloat16", "float16"). original: the config.json that the
-    model was read from, kept where it still says the same. files: {name: text} to lay beside (tokenizer and the like).
+    model was read from, kept where it still says the same. tokens: keys that a new one gets beside (`eos_token_id` ...). files:
+    {name: text} to lay beside (tokenizer and the like).
     Tensors are brought from the devices one at a time. The folder appears whole or not at all; ConfigError when there is
     one with something in it, or when no architecture of transformers fits the settings.
     """
     folder = pathlib.Path(folder)
-    architecture, tree = write_config(config, original)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(f"{folder} is there already: name a new folder.")
+    architecture, tree = check_target(folder, config, original)
     leaves = {_path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     by_tensor = {}
     for piece in layout.pieces(_table(architecture, config), leaves, _sizes(config)):
         by_tensor.setdefault(piece.tensor, []).append(piece)
     target = safetensors.DTYPES[safetensors.dtype_name(jnp.dtype(dtype))]
+    if tree is not original:
+        tree |= dict(tokens or {})
     if tree is not original or any(key in tree and tree[key] != dtype for key in ("dtype", "torch_dtype")):
         tree = {key: value for key, value in tree.items() if key not in ("dtype", "torch_dtype")} | {"torch_dtype": dtype}
     temporary = folder.with_name(f".{folder.name}.{os.urandom(6).hex()}")
@@ -171,6 +194,19 @@ def save_checkpoint(params, config, folder, *, dtype, original=None, files=None,
 
 
 # ---- Which tensors.
+
+
+def _check_sizes(config, tensors, file):
+    """Raises DataError when a config names sizes that the tensors can't have: nothing is made for it that is as large."""
+    if config.layers * max(1, config.experts) > len(tensors):
+        raise DataError(
+            f"{file} says {config.layers} layers with {config.experts} experts, and there are {len(tensors)} tensors: they do "
+            "not belong together."
+        )
+    largest = max(math.prod(tensor.shape) for tensor in tensors.values())
+    for letter, size in _sizes(config).items():
+        if letter != "P" and size > largest:  # positions may be without parameters
+            raise DataError(f"{file} names a size of {size}, and the largest tensor has {largest} numbers.")
 
 
 def _table(architecture, config):
@@ -206,8 +242,8 @@ def _pieces(checkpoint, parameters):
                 lines.append(f"{name} {list(tensor.shape)} is not expected")
         elif tensor.shape != expected[name]:
             lines.append(f"{name} is {list(tensor.shape)}, expected {list(expected[name])}")
-        elif tensor.dtype.name not in _FLOATS:
-            lines.append(f"{name} is {tensor.dtype.name}, expected one of {', '.join(_FLOATS)}")
+        elif tensor.dtype.name not in FLOATS:
+            lines.append(f"{name} is {tensor.dtype.name}, expected one of {', '.join(FLOATS)}")
     if lines:
         more = f" and {len(lines) - 6} more" if len(lines) > 6 else ""
         raise DataError(

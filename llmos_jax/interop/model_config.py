@@ -48,7 +48,7 @@ _ROPE_KEYS_OF = {
     "llama3": ("factor", "original_context", "low_factor", "high_factor"),
 }
 # What says how a model is run or trained and not what it is: two that differ in these alone have the same config.json.
-_EXECUTION = (
+EXECUTION = (
     "dropout",
     "dtype",
     "attention",
@@ -66,6 +66,7 @@ _RESOLVED = {"kv_heads": "groups", "head_width": "head_size", "mlp": "hidden"}
 def find_architecture(tree, file):
     """Returns the Architecture that a `config.json`'s content names; ConfigError lists the known ones."""
     names = tree.get("architectures") or []
+    names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ConfigError(f"{file}: architectures must be a list of names, not {names!r}.")
     for architecture in ARCHITECTURES:
@@ -95,6 +96,8 @@ def read_config(tree, file):
         return architecture, parse(unit("llmos_jax.models", architecture.unit).Config, settings, "model")
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+    except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:  # a value of a kind that none foresaw
+        raise ConfigError(f"{file} is no config of {architecture.name} ({type(error).__name__}: {error}).") from None
 
 
 def write_config(config, original=None):
@@ -105,7 +108,7 @@ def write_config(config, original=None):
     """
     if original is not None:
         architecture, before = read_config(original, "config.json")
-        if _essence(before) == _essence(config):
+        if essence(before) == essence(config):
             return architecture, original
     for architecture in ARCHITECTURES:
         if architecture.unit == config.name:
@@ -114,7 +117,7 @@ def write_config(config, original=None):
                 _, after = read_config(tree, "config.json")
             except ConfigError:  # a setting that this architecture can't have
                 continue
-            if _essence(after) == _essence(config):
+            if essence(after) == essence(config):
                 return architecture, tree
     raise ConfigError(
         f"no architecture of transformers computes what these settings of {config.name!r} say; what can be written: "
@@ -123,11 +126,11 @@ def write_config(config, original=None):
     )
 
 
-def _essence(config):
-    """Returns the config with everything resolved that decides what is computed, and the rest at its defaults."""
+def essence(config):
+    """Returns a model's Config with everything resolved that decides what is computed, and the rest at its defaults."""
     resolved = {name: getattr(config, prop) for name, prop in _RESOLVED.items() if hasattr(config, name)}
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    resolved |= {name: defaults[name] for name in _EXECUTION}
+    resolved |= {name: defaults[name] for name in EXECUTION}
     if config.experts:
         resolved["expert_mlp"] = config.expert_hidden
     else:
@@ -141,7 +144,7 @@ def _essence(config):
 def _settings(architecture, tree):
     settings = {"name": architecture.unit, **architecture.constants}
     for key, ours in architecture.keys.items():
-        value = tree.get(key, architecture.defaults.get(key, ...))
+        value = tree.get(key, tree.get(architecture.aliases.get(key), architecture.defaults.get(key, ...)))
         if value is ...:
             raise ConfigError(f"{key} is missing.")
         for name in (ours,) if isinstance(ours, str) else ours:

@@ -169,7 +169,7 @@ class Writer:
     def write(self, name, array):
         """Writes the next tensor."""
         expected = self._left.pop()
-        array = np.ascontiguousarray(array)
+        array = np.asarray(array, order="C")
         if expected != (name, array.shape, array.dtype):
             raise ValueError(f"expected {expected}, not {(name, array.shape, array.dtype)}.")
         self._stream.write(memoryview(array.reshape(-1).view(np.uint8)))
