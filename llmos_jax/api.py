@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
+from llmos_jax.errors import CheckpointError, ConfigError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -203,6 +203,16 @@ class LanguageModel:
 
         sampling = sampling or config.parse(SamplingConfig, choices)
         return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
+
+    def chat(self, messages, sampling=None, on_text=None, **choices):
+        """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
+
+        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
+        """
+        tokenizer = self.generator.tokenizer
+        if not hasattr(tokenizer, "chat_prompt"):
+            raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
+        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
 
 
 def import_checkpoint(source, directory):

@@ -54,6 +54,16 @@ def test_a_run_of_it_generates_what_it_generates(source, run):
     assert len({done.tokens for done in expected}) == 2 and all(len(done.tokens) == 12 for done in expected)
 
 
+def test_chats_go_by_the_template_that_came_with_it(source, run):
+    model = llmos_jax.load(run)
+    with pytest.raises(ConfigError, match="has no chat template"):
+        model.chat([{"role": "user", "content": "hi"}])
+    tokenizer = model.generator.tokenizer
+    tokenizer.files["chat_template.jinja"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
+    answer = model.chat([{"role": "user", "content": "hi"}], **GREEDY)
+    assert answer.tokens == model.generate([list(b"user: hi\nbot:")], **GREEDY)[0].tokens
+
+
 def test_there_and_back_is_bit_identical(source, run, tmp_path):
     target = tmp_path / "target"
     assert main.main(["llmos", "convert", f"--to=hf:{target}", f"--workdir={run}"]) == 0
