@@ -103,7 +103,7 @@ ARCHITECTURES = (
         },
         defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
         allowed={
-            "activation_function": _TANH_GELU,
+            "activation_function": _TANH_GELU[::-1],  # written as its own files have it
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
