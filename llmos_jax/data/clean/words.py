@@ -305,16 +305,13 @@ class OfTexts:
 
     def __call__(self, texts):
         """Returns the arrays for a list of texts."""
-        texts = tuple(texts)
-        if texts and texts == tuple(self._places):
-            return self._held
-        places = list(map(self._places.get, texts))
-        if texts and None not in places:
-            return _select(self._held, np.array(places, np.int64))
-        held = concatenate([self._find(texts[part]) for part in batches(texts)] or [self._find(())])
-        if len(set(texts)) == len(texts):
-            self._places, self._held = {text: place for place, text in enumerate(texts)}, held
-        return held
+        if self._held is None or not all(text in self._places for text in texts):
+            distinct = list(dict.fromkeys(texts))
+            self._places = {text: place for place, text in enumerate(distinct)}
+            self._held = concatenate([self._find(distinct[part]) for part in batches(distinct)] or [self._find([])])
+        places = np.fromiter(map(self._places.get, texts), np.int64, len(texts))
+        is_all = len(places) == len(self._places) and bool((places == np.arange(len(places))).all())
+        return self._held if is_all else _select(self._held, places)
 
 
 def _columns(arrays):
