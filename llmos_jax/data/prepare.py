@@ -15,7 +15,7 @@ from llmos_jax.config import fingerprint, setting
 from llmos_jax.data import sources as sources_lib
 from llmos_jax.data.sources import SourceConfig
 from llmos_jax.data.store import FORMAT, SPLITS, Store, is_store, write_store
-from llmos_jax.data.text import Packer
+from llmos_jax.data.text import DocumentPacker, Packer
 from llmos_jax.data.tokenizer import load_tokenizer, make_tokenizer, pieces
 from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 
@@ -32,6 +32,9 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
     tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
+    packing: str = setting(
+        "stream", help="records are cut from all documents in a row, or hold one document each", choices=("stream", "document")
+    )
     validation_fraction: float = setting(
         0.1, help="share of files (of one text file: its end) for validation", above=0, below=1
     )
@@ -219,7 +222,15 @@ def _tokenizer_texts(config, inputs, log):
 def _prepare_one(config, item, tokenizer, cache, log):
     """Returns the folder of one raw source's records, writing it if it is not there."""
     key = fingerprint(
-        [item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT]
+        [
+            item.content,
+            item.source.text_key,
+            tokenizer.fingerprint,
+            config.length,
+            config.packing,
+            config.validation_fraction,
+            FORMAT,
+        ]
     )
     folder = cache / f"records-{key}"
     if is_store(folder):
@@ -235,6 +246,7 @@ def _prepare_one(config, item, tokenizer, cache, log):
     manifest = {
         "content": item.content,
         "source": item.source.path,
+        "packing": config.packing,
         "tokenizer": tokenizer.fingerprint,
         "tokenizer_setting": config.tokenizer,
         "vocab_size": tokenizer.vocab_size,
@@ -245,7 +257,9 @@ def _prepare_one(config, item, tokenizer, cache, log):
         "validation_gzip_bytes": len(gzip.compress(validation, 9)),
     }
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    splits = {split: _records(texts[split], tokenizer, config.length, dtype) for split in SPLITS}
+    make_packer = {"stream": Packer, "document": DocumentPacker}[config.packing]
+    packers = {split: make_packer(config.length, tokenizer.end_id, tokenizer.token_byte_lengths, dtype) for split in SPLITS}
+    splits = {split: _records(texts[split], tokenizer, packers[split]) for split in SPLITS}
     files = {TOKENIZER_FILE: json.dumps(tokenizer.to_json())}
     write_store(folder, splits, length=config.length, dtype=dtype, manifest=manifest, files=files)
     log(
@@ -253,11 +267,13 @@ def _prepare_one(config, item, tokenizer, cache, log):
         f"{manifest['documents']['validation']} for validation ({len(validation) / 1e6:.1f} MB), prepared in "
         f"{time.perf_counter() - start:.1f} s into {folder}"
     )
+    if config.packing == "document" and packers["train"].cut_tokens:
+        cut = f"{packers['train'].cut_tokens:,}"
+        log(f"{cut} tokens behind the first {config.length} of their document were left out (data.packing=document).")
     return folder
 
 
-def _records(texts, tokenizer, length, dtype):
-    packer = Packer(length, tokenizer.end_id, tokenizer.token_byte_lengths, dtype)
+def _records(texts, tokenizer, packer):
     for tokens in tokenizer.encode_all(texts):
         yield from packer.add(tokens)
     yield from packer.finish()
@@ -269,6 +285,7 @@ def _check(config, store, tokenizer):
         ("tokenizer", tokenizer.fingerprint, identity["tokenizer"]),
         ("vocabulary size", tokenizer.vocab_size, identity["vocab_size"]),
         ("data.length", config.length, identity["length"]),
+        ("data.packing", config.packing, identity["packing"]),
     ):
         if asked != there:
             raise DataIdentityMismatch(

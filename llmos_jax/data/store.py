@@ -18,7 +18,7 @@ from llmos_jax.data.text import segment_dtype
 from llmos_jax.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation")
 _TEMPORARY = ".tmp-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -126,7 +126,10 @@ class Store:
     @property
     def identity(self):
         """What decides the content: a dict that two equal stores share."""
-        return {key: self.manifest[key] for key in ("content", "tokenizer", "vocab_size", "length", "validation_fraction")}
+        return {
+            key: self.manifest[key]
+            for key in ("content", "packing", "tokenizer", "vocab_size", "length", "validation_fraction")
+        }
 
     def count(self, split):
         """Returns the number of records of a split."""

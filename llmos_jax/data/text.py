@@ -1,5 +1,7 @@
 """Packing: documents as one stream of tokens, cut into records of fixed length that know their document borders."""
 
+import functools
+
 import numpy as np
 
 # A long document is cut into records in pieces, so that only its tokens take memory.
@@ -61,6 +63,29 @@ class Packer:
         numbered = np.where(is_real, segments - segments[0] + 1, 0)
         target_bytes = int(self.token_byte_lengths[tokens[1:]][is_real[1:]].sum())
         return {"tokens": tokens, "segments": numbered.astype(segment_dtype(self.length)), "target_bytes": target_bytes}
+
+
+class DocumentPacker:
+    """Makes one record of each document: END doc END, cut after `length` targets, or padded with segment 0.
+
+    Who is protected by differential privacy is the author of a record, so no other document shares it, and the rest of a
+    long one is left out (`cut_tokens` counts it).
+    """
+
+    def __init__(self, length, end_id, token_byte_lengths, dtype):
+        self._packer = functools.partial(Packer, length, end_id, token_byte_lengths, dtype)
+        self.length, self.cut_tokens = length, 0
+
+    def add(self, tokens):
+        """Yields the record of one document."""
+        self.cut_tokens += max(0, len(tokens) - self.length)
+        packer = self._packer()
+        records = [*packer.add(tokens[: self.length]), *packer.finish()]
+        yield records[0]
+
+    def finish(self):
+        """Yields nothing: no document waits for another."""
+        yield from ()
 
 
 def segment_dtype(length):
