@@ -25,6 +25,31 @@ def load_settings(spec, overrides=()):
     return settings, default_directory(path, arg)
 
 
+def load_prepare_settings(spec, overrides=()):
+    """Returns (PrepareConfig, default dataset folder) of the experiment `NAME.py[:ARG]` with (path, text) overrides."""
+    from llmos_jax.data.clean.pipeline import PrepareConfig
+
+    tree, path, arg = config.load_experiment(spec)
+    settings = config.parse(PrepareConfig, config.apply_overrides(tree, overrides))
+    return settings, default_directory(path, arg)
+
+
+def run_preparation(settings, directory):
+    """Cleans the sources of a PrepareConfig into the dataset folder `directory`; returns its newest Version.
+
+    Going on where it was stopped, by whatever. Raises RunDirectoryLocked when another process is preparing it, and what
+    `data.clean.pipeline.prepare_dataset` does.
+    """
+    from llmos_jax.data.clean.pipeline import prepare_dataset
+    from llmos_jax.train.directory import prepare_directory
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    directory = pathlib.Path(directory)
+    prepare_directory(directory)
+    with RunDirectoryLease(directory), _log_file(directory / "log.txt"):
+        return prepare_dataset(settings, directory, log=logging.info)
+
+
 def default_directory(path, arg=""):
     """Returns the run directory of the experiment file `path` with options `arg`, when none is named."""
     slug = re.sub(r"[^A-Za-z0-9._=-]+", "_", arg).strip("_")
@@ -96,15 +121,22 @@ def plan(settings, topology):
     task_unit = config.unit("llmos_jax.tasks", settings.task.name)
     task = task_unit.outline(settings.task, model=settings.model, data=settings.data)
     settings = dataclasses.replace(settings, model=task.model_config)
-    check_batch(settings, placement)
     handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    check_batch(settings, placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     traced, _ = step_compile.trace_step(settings, task, handle, optimizer, placement)
+    slices = settings.train.microbatches
+    if placement.pipeline and placement.pipeline.schedule == "1f1b":  # the others join their microbatches before the head
+        slices *= placement.pipeline.microbatches
+    rows = settings.train.batch_size // slices
+    wholes, unchecked = step_compile.whole_arrays(handle, placement, rows, task.tokens_per_row)
     return make_report(
         traced,
         placement.mesh,
         model_flops=task.flops_per_token * task.tokens_per_row * settings.train.batch_size,
-        wholes=step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row),
+        wholes=wholes,
+        unchecked=unchecked,
+        bubble=placement.pipeline.bubble if placement.pipeline else 0.0,
         compiler_options=xla.compiler_options(placement.mesh.devices.flat[0], settings.train.compiler_options),
     )
 

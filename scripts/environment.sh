@@ -27,11 +27,20 @@ find_python() {
   fail "no Python >= 3.11 was found${LLMOS_PYTHON:+ at LLMOS_PYTHON=$LLMOS_PYTHON}: install one (apt-get install python3.11-venv) or set LLMOS_PYTHON."
 }
 
+# Whether TPU chips are attached as newer hosts have them: devices of Google's that are handed to user space.
+has_google_vfio() {
+  local device
+  for device in /sys/bus/pci/drivers/vfio-pci/*/vendor; do
+    [ -r "$device" ] && [ "$(cat "$device")" = 0x1ae0 ] && return
+  done
+  return 1
+}
+
 # Prints the extra that the attached hardware needs.
 hardware_extra() {
   if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     echo gpu
-  elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_NAME:-}${TPU_ACCELERATOR_TYPE:-}" ]; then
+  elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_ACCELERATOR_TYPE:-}" ] || has_google_vfio; then
     echo tpu
   fi
 }

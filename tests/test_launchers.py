@@ -145,7 +145,7 @@ def test_jobset_has_what_is_required():
 
 def test_tpu_pod_calls_gcloud(tmp_path):
     fake = tmp_path / "gcloud"
-    fake.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >>"$CALLS"\n')
+    fake.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >>"$CALLS"\n[[ $* = *describe* ]] && echo "${STATE:-ACTIVE}"; true\n')
     fake.chmod(0o755)
     environment = os.environ | {
         "PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), "TPU_NAME": "pod", "TPU_ZONE": "z",
@@ -159,6 +159,8 @@ def test_tpu_pod_calls_gcloud(tmp_path):
 
     done, calls = tpu_pod("create", "--spot")
     assert done.returncode == 0 and "queued-resources create pod --node-id=pod --zone=z" in calls and "--spot" in calls
+    environment["STATE"] = "FAILED"
+    assert tpu_pod("create")[0].returncode == 75  # else it would wait for ever
     done, calls = tpu_pod("install")
     assert done.returncode == 0, done.stderr
     assert "tpu-vm scp" in calls and "--worker=all" in calls and "mount 10.0.0.2:/share /shared" in calls

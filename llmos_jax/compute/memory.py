@@ -8,7 +8,8 @@ from llmos_jax.errors import DeviceMemoryError
 
 _ADVICE = (
     "lower train.batch_size or raise train.microbatches (activations), set model.remat=full (activations), lower data.length, "
-    "set mesh.parameters=fsdp or raise mesh.model (parameters and optimizer), or take a smaller model"
+    "raise mesh.context (activations of long rows), set mesh.parameters=fsdp or raise mesh.model (parameters and optimizer), "
+    "or take a smaller model"
 )
 
 

@@ -24,8 +24,10 @@ class Report:
     memory: {"arguments", "temporaries", "peak", "total"}; hbm_bytes: what the device has (None: not in the chip table).
     matmul_flops: of all products, those that rematerialisation repeats included; model_flops: without those. arrays: every
     one over 1 % of memory. whole: names of those arrays that are a whole parameter, or all logits, though the rules shard
-    them. compute_seconds: matmul_flops at the chip's peak; link_seconds: all that is sent at the peak of its links;
-    exposed_seconds: the part of it that no computation hides in the schedule.
+    them; unchecked: parameters that have the dimensions of activations, so that this can't be told of them.
+    compute_seconds: matmul_flops at the chip's peak; link_seconds: all that is sent at the peak of its links;
+    exposed_seconds: the part of it that no computation hides in the schedule. bubble: share of the pipeline's ticks in
+    which a stage idles (0 without stages).
     """
 
     machine: str
@@ -38,10 +40,12 @@ class Report:
     compute_seconds: float | None
     link_seconds: float | None
     exposed_seconds: float | None
+    bubble: float
     compile_seconds: float
     collectives: list[hlo.Collective]
     arrays: list[hlo.Array]
     whole: list[str]
+    unchecked: list[str]
 
 
 def compile_and_read(lowered, compiler_options=None):
@@ -73,11 +77,11 @@ def compile_and_read(lowered, compiler_options=None):
         return compiled, read("after_optimizations.txt"), read("after_optimizations-buffer-assignment.txt")
 
 
-def make_report(traced, mesh, *, model_flops, wholes, compiler_options=None):
+def make_report(traced, mesh, *, model_flops, wholes, unchecked=(), bubble=0.0, compiler_options=None):
     """Returns the Report of a traced step (`jax.stages.Traced`) on the devices of `mesh`, which it compiles.
 
     `model_flops`: of a step, over all devices. `wholes`: {name: dimensions} of arrays that no device should hold (see
-    `find_whole`). Raises DeviceMemoryError when the compiler finds that the step can't fit.
+    `find_whole`). `unchecked`, `bubble`: see Report. Raises DeviceMemoryError when the compiler finds that the step can't fit.
     """
     start = time.perf_counter()
     compiled, schedule, assignment = compile_and_read(traced.lower(), compiler_options)
@@ -103,10 +107,12 @@ def make_report(traced, mesh, *, model_flops, wholes, compiler_options=None):
         compute_seconds=flops / chip.peak_flops["bfloat16"] if chip else None,
         link_seconds=sum(sent.values()) / chip.link_bandwidth if chip else None,
         exposed_seconds=sent[False] / chip.link_bandwidth if chip else None,
+        bubble=bubble,
         compile_seconds=seconds,
         collectives=found,
         arrays=arrays,
         whole=find_whole(arrays, wholes),
+        unchecked=list(unchecked),
     )
 
 
@@ -162,6 +168,8 @@ def format_report(report):
     if report.compute_seconds:
         seconds = f"{report.compute_seconds:.2f} s of products, {report.link_seconds:.2f} s on the links"
         lines.append(_row("at the chip's peak", f"{seconds}, {report.exposed_seconds:.2f} s of these not hidden"))
+    if report.bubble:
+        lines.append(_row("pipeline", f"a stage idles in {report.bubble:.1%} of the ticks"))
     lines += ["", f"{'collective':20s} {'devices':>7s} {'a step':>7s} {'sent GB':>9s} {'async':>6s} {'hidden':>7s}"]
     for (kind, devices), group in _grouped(report.collectives).items():
         sent = sum(c.count * c.sent_bytes for c in group)
@@ -173,6 +181,9 @@ def format_report(report):
         what = "argument" if array.is_argument else array.source or array.name
         lines.append(f"{array.size_bytes / 1e9:8.2f} GB  {array.type:32s} {what}")
     lines += ["", "whole though sharded by the rules: " + ("; ".join(report.whole) or "none")]
+    if report.unchecked:
+        names = "; ".join(report.unchecked)
+        lines.append(f"not known of, for having a dimension like the batch (plan with another train.batch_size): {names}")
     return "\n".join(lines)
 
 

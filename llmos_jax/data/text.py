@@ -66,22 +66,19 @@ class Packer:
 
 
 class DocumentPacker:
-    """Makes one record of each document: END doc END, cut after `length` targets, or padded with segment 0.
+    """Makes one record of each document of at most `length` tokens: END doc END, padded with segment 0.
 
-    Who is protected by differential privacy is the author of a record, so no other document shares it, and the rest of a
-    long one is left out (`cut_tokens` counts it).
+    Differential privacy protects a record, so no other document may share it.
     """
 
     def __init__(self, length, end_id, token_byte_lengths, dtype):
         self._packer = functools.partial(Packer, length, end_id, token_byte_lengths, dtype)
-        self.length, self.cut_tokens = length, 0
 
     def add(self, tokens):
         """Yields the record of one document."""
-        self.cut_tokens += max(0, len(tokens) - self.length)
         packer = self._packer()
-        records = [*packer.add(tokens[: self.length]), *packer.finish()]
-        yield records[0]
+        record, *_ = [*packer.add(tokens), *packer.finish()]  # a full one leaves no room for its second END
+        yield record
 
     def finish(self):
         """Yields nothing: no document waits for another."""

@@ -57,7 +57,9 @@ class Stack(nnx.Module):
             return self.replacement(x, context, key)
         stacked = nnx.state(self.blocks)
         if self.plan:
-            return pipeline.forward(self.run, stacked, x, context, key, self.plan, self.placement, remat=self.remat != "none")
+            # Other policies keep what they say of every layer; keeping a tick's inputs alone would repeat all of it.
+            keeps_inputs_only = self.remat == "full"
+            return pipeline.forward(self.run, stacked, x, context, key, self.plan, self.placement, remat=keeps_inputs_only)
         return self.run(stacked, x, context, key, 0)
 
     def run(self, layers, x, context, key, first):

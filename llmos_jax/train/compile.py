@@ -55,10 +55,11 @@ def state_parts(state):
 
 
 def whole_arrays(handle, placement, rows, length):
-    """Returns {name: dimensions} of arrays that no device should hold whole while the rules shard them.
+    """Returns ({name: dimensions} of arrays that no device should hold whole while the rules shard them, names left out).
 
     These are every sharded parameter with all of its layers; one layer of those that are sharded by more than what FSDP
-    gathers again; and all logits of the rows that one device has.
+    gathers again; and all logits of those of `rows`, which are computed at a time, that one device has. Left out are those
+    that can't be told from activations by their dimensions, because one is the number of tokens that a device has.
     """
     found = {}
     gathered = set(placement.mesh_axes("batch")) | set(placement.mesh_axes("length"))
@@ -78,4 +79,4 @@ def whole_arrays(handle, placement, rows, length):
         if info.kind == "embedding" and info.axes[0] == "vocab":
             found["logits"] = (rows // placement.axis_size("batch"), length, leaf.shape[0])
             found["logits of a shard of the vocabulary"] = (*found["logits"][:2], leaf.shape[0] // placement.axis_size("vocab"))
-    return {name: dims for name, dims in found.items() if tokens not in dims}
+    return {name: dims for name, dims in found.items() if tokens not in dims}, [n for n in found if tokens in found[n]]

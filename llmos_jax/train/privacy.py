@@ -138,7 +138,7 @@ def sampling_probability(settings, task):
     found = probabilities(task.loader, settings.train.batch_size)
     if max(found) > 1:
         raise ConfigError(
-            f"train.batch_size={settings.train.batch_size} is more than the documents of a source allow ({task.loader.counts}): "
+            f"train.batch_size={settings.train.batch_size} is more than the documents of a source allow {task.loader.counts}: "
             "lower it, or its data.sources weight."
         )
     return max(found)

@@ -4,10 +4,11 @@ import dataclasses
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos_jax.compute import pipeline
+from llmos_jax.compute import memory, pipeline, planner
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
@@ -93,6 +94,49 @@ def test_every_block_sees_every_microbatch_once_in_order(stages, repeats, microb
     assert idle == pytest.approx(plan.bubble)
 
 
+def test_what_rematerialisation_repeats_in_a_pipeline():
+    """Policies mean what they mean without stages; full keeps the inputs of a tick alone, 1F1B those of a stage in any case."""
+
+    def products(remat, schedule):
+        model = dataclasses.replace(DEEP, remat=remat)
+        trainer = Trainer(model=model, mesh=MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule))
+        traced = trainer.step.trace(trainer.state, trainer.place(make_batches(1)[0]), jnp.float32(0))
+        return planner.matmul_flops(traced.jaxpr.jaxpr)
+
+    kept = products("none", "gpipe")
+    assert products("matmuls", "gpipe") == kept
+    assert products("full", "gpipe") > 1.2 * kept
+    assert products("matmuls", "1f1b") == products("none", "1f1b")
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_memory_and_ticks_of_the_program(schedule):
+    """What the compiler plans and what the program does, for few and many microbatches of one size."""
+    model = dataclasses.replace(DEEP, remat="full")
+    temporaries = {}
+    for microbatches in (4, 16):
+        mesh = MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule, pipeline_microbatches=microbatches)
+        trainer = Trainer(model=model, mesh=mesh)
+        plan = trainer.placement.pipeline
+        rows = 16 * microbatches
+        where = trainer.placement.sharding("batch", "length")
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, DEEP.context), value.dtype, sharding=where)
+            for name, value in make_batches(1)[0].items()
+            if value.ndim == 2
+        }
+        traced = trainer.step.trace(trainer.state, batch, jnp.float32(0))
+        lengths = [eqn.params["length"] for eqn in traced.jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
+        if schedule == "1f1b":  # contexts; then ticks that are forward alone, both, backward alone
+            alone = plan.stages - 1
+            assert lengths == [microbatches, alone, plan.ticks - alone, alone]
+        else:
+            assert lengths.count(plan.ticks) == 2  # forward and backward
+        temporaries[microbatches] = memory.compiled_bytes(traced.lower().compile())["temporaries"]
+    grown = temporaries[16] / temporaries[4]
+    assert grown < 1.05 if schedule == "1f1b" else grown > 1.5
+
+
 def test_few_microbatches_are_allowed_and_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         plan = pipeline.make_plan("1f1b", 4, 1, 2)
@@ -107,6 +151,7 @@ def test_few_microbatches_are_allowed_and_warned_of(caplog):
         (dict(pipeline=2, pipeline_repeats=2, pipeline_microbatches=3), "microbatches=3 is not divisible by mesh.pipeline=2"),
         (dict(pipeline=2, pipeline_schedule="gpipe", pipeline_repeats=2), "gpipe has one block per stage"),
         (dict(pipeline=2, pipeline_schedule="circular"), "circular at least two"),
+        (dict(pipeline=1, pipeline_microbatches=8), "pipeline_microbatches has no effect without stages"),
     ],
     ids=str,
 )
