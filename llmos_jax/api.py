@@ -200,10 +200,13 @@ def is_worth_reading(record):
 
 
 def prepare_platform(settings):
-    """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache."""
+    """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache.
+
+    Raises ConfigError when JAX would compute on the CPU beside an accelerator that it has no support for.
+    """
     import jax
 
-    from llmos_jax.compute import host
+    from llmos_jax.compute import devices, host
 
     # Steps then run on the calling thread, whose heap is the one that is kept, one step's temporaries at a time: they are
     # reused, never faulted in again. It counts only before the CPU backend starts, so before a device is asked for.
@@ -211,6 +214,7 @@ def prepare_platform(settings):
     jax.config.update("jax_compilation_cache_dir", str(host.cache_directory("compile")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if jax.default_backend() == "cpu":
+        devices.refuse_idle_accelerator()
         has_kept_heap = settings.train.keep_heap and host.keep_heap()
         logging.info("freed memory is kept for reuse: %s", has_kept_heap)
 
@@ -239,6 +243,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     from llmos_jax.train import loop, privacy
 
     prepare_platform(settings)
+    distributed.check_count()
     placement = make_placement(settings.mesh)
     build = functools.partial(
         config.unit("llmos_jax.tasks", settings.task.name).build,
@@ -249,7 +254,9 @@ def _run_training(settings, directory, launched, watchdog, preemption):
         seed=settings.seed,
         log=logging.info,
     )
+    watchdog.mark("prepare")  # takes as long as the data does
     task = distributed.leaders_first(records_directory(settings.data), build)
+    watchdog.mark("init")
     settings = dataclasses.replace(settings, model=task.model_config)
     trained = task  # with privacy, batches are drawn otherwise than those of evaluations
     if settings.train.privacy is not None:

@@ -29,10 +29,19 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """From a step on, other weights of the sources."""
+
+    from_step: int = setting(help="first step", at_least=1)
+    weights: tuple[float, ...] = setting(help="weight of each source, in their order; 0: not at all", at_least=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer and shape of the records."""
 
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
+    stages: tuple[StageConfig, ...] = setting((), help="curriculum: from which step on which weights count")
     tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE or unigram:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
     packing: str = setting(
@@ -48,14 +57,25 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one.")
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ConfigError(f"data.stages: from_step must rise from stage to stage, not {steps}.")
+        for number, stage in enumerate(self.stages):
+            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+                raise ConfigError(
+                    f"data.stages[{number}].weights={list(stage.weights)} must have one number for each of "
+                    f"{len(self.sources)} sources, and one above 0."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Stores with their weights, the tokenizer they share, and the validation text as the yardstick sees it."""
+    """Stores with their weights, limits and stages, the tokenizer they share, and the validation text for the yardstick."""
 
     stores: tuple[tuple[Store, float], ...]
     tokenizer: object
+    max_epochs: tuple[float | None, ...]
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     @property
     def validation_bytes(self):
@@ -88,7 +108,9 @@ def prepare(config, *, log=print):
     for store in stores:
         _check(config, store, tokenizer)
     weights = [source.weight for source in config.sources]
-    return PreparedData(tuple(zip(stores, weights, strict=True)), tokenizer)
+    stages = tuple((stage.from_step, stage.weights) for stage in config.stages)
+    limits = tuple(source.max_epochs for source in config.sources)
+    return PreparedData(tuple(zip(stores, weights, strict=True)), tokenizer, limits, stages)
 
 
 class _Input:
@@ -145,7 +167,7 @@ class _Input:
         }
 
     def _content(self, cache):
-        note = cache / "hashes" / f"{fingerprint([[f.path, f.size_bytes, f.stamp] for f in self.files])}.txt"
+        note = cache / "hashes" / f"{fingerprint([[f.path, f.key, f.size_bytes, f.stamp] for f in self.files])}.txt"
         if note.is_file():
             return note.read_text()
         content = sources_lib.content_hash(self.files)

@@ -23,6 +23,7 @@ class SourceConfig:
         "clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
     )
     weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
+    max_epochs: float | None = setting(None, help="how often training goes through it at most; none: no limit", above=0.0)
     text_key: str = setting("text", help="field that holds the text in jsonl, csv, parquet, arrow and TFDS")
     format: str = setting("auto", help="how files are read; auto: by their names", choices=FORMATS)
     repair: bool = setting(False, help="whether other encodings than UTF-8 are guessed and mojibake is put right")

@@ -25,11 +25,11 @@ ROWS, LENGTH = 16, 32
 class Trainer:
     """The smallest use of the step's parts."""
 
-    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20):
+    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20, family=gpt):
         # A large epsilon: some gradients are zero but for rounding (biases of keys), and Adam would blow those up.
         self.config = config or optim.OptimConfig(learning_rate=1e-2, epsilon=1e-3)
         self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
-        self.handle = state.describe_model(functools.partial(gpt.build, model, self.placement), self.placement)
+        self.handle = state.describe_model(functools.partial(family.build, model, self.placement), self.placement)
         optimizer = optim.make_optimizer(self.config, self.handle.infos)
         with_ema = self.config.ema is not None
         self.state = state.init_state(self.handle, optimizer, self.placement, 0, with_ema=with_ema)
