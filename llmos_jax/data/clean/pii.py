@@ -84,6 +84,12 @@ class Pii(Transform):
             removed.append("\n".join(f"{f.kind}: {masked(text[f.start : f.end])}" for f in found) or None)
         return texts, {f"pii_{name}": values for name, values in counts.items()}, removed
 
+    def protect(self, text):
+        """Returns a text without personal data: of documents that were removed before their turn came, and of metadata."""
+        scan = scanner(self)
+        found = scan.find(text)
+        return scan.replace(text, found) if found else text
+
 
 @functools.lru_cache(maxsize=8)
 def scanner(step):

@@ -60,7 +60,7 @@ def prepare_dataset(config, directory, *, log=print):
         plan = _Plan(config, objects, runner, shards, names, log)
         for steps in _stages(config.steps):
             plan.run(steps)
-        outputs = plan.write()
+        outputs = plan.write(config.steps)
     version = write_version(directory, config, inputs, plan.funnel, outputs)
     log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
     return version
@@ -146,7 +146,7 @@ class _Plan:
             self.funnel.append(_add(entries))
             self.log(_line(self.funnel[-1]))
 
-    def write(self):
+    def write(self, steps):
         """Writes what came out of every shard; returns its {kind: file} in order."""
         tasks = []
         for number, shard in enumerate(self.shards):
@@ -156,8 +156,9 @@ class _Plan:
                 "layers": self.layers[number],
                 "state": self.states[number],
                 "attributes": self.attributes[number],
+                "guards": to_plain([step for step in steps if getattr(step, "protect", None)]),
             }
-            key = fingerprint(arguments)
+            key = fingerprint([arguments, [step.fingerprint for step in steps]])
             tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
         return self.runner.run(tasks, "writing")
 
