@@ -41,13 +41,19 @@ def run_preparation(settings, directory):
     `data.clean.pipeline.prepare_dataset` does.
     """
     from llmos_jax.data.clean.pipeline import prepare_dataset
+    from llmos_jax.evaluate.dataset_report import REPORT_FILE, write_dataset_report
     from llmos_jax.train.directory import prepare_directory
     from llmos_jax.train.lease import RunDirectoryLease
 
     directory = pathlib.Path(directory)
     prepare_directory(directory)
     with RunDirectoryLease(directory), _log_file(directory / "log.txt"):
-        return prepare_dataset(settings, directory, log=logging.info)
+        version = prepare_dataset(settings, directory, log=logging.info)
+        report = version.directory / REPORT_FILE
+        if not report.is_file():
+            write_dataset_report(report, version)
+        logging.info("report: %s", report)
+        return version
 
 
 def default_directory(path, arg=""):

@@ -122,7 +122,7 @@ def test_golden_settings(path, arg, request):
     check_golden(settings, path, arg, request)
 
 
-@pytest.mark.parametrize("arg", ["", "data=corpus+more.jsonl.zst,licence=CC0"])
+@pytest.mark.parametrize("arg", ["", "data=corpus+more.jsonl.zst,licence=CC0,chain=web", "chain=code,evaluations=tests.jsonl"])
 def test_golden_settings_of_preparation(arg, request):
     settings, _ = load_prepare_settings(f"{PREPARE}:{arg}")
     check_golden(settings, PREPARE, arg, request)
@@ -140,9 +140,10 @@ def check_golden(settings, path, arg, request):
 
 def test_items_of_lists_are_overridden_by_number_or_name():
     settings, _ = load_prepare_settings(
-        f"{PREPARE}:data=corpus", [("steps.length.at_least", "7"), ("steps.0.at_most", "9"), ("sources.corpus.licence", "MIT")]
+        f"{PREPARE}:data=corpus",
+        [("steps.length.at_least", "7"), ("steps.0.max_blank_lines", "9"), ("sources.corpus.licence", "MIT")],
     )
-    assert (settings.steps[0].at_least, settings.steps[0].at_most, settings.sources[0].licence) == (7, 9, "MIT")
+    assert (settings.steps[-1].at_least, settings.steps[0].max_blank_lines, settings.sources[0].licence) == (7, 9, "MIT")
     with pytest.raises(ConfigError, match="steps.lenght.at_least: there is no item 'lenght'; did you mean 'length'"):
         load_prepare_settings(f"{PREPARE}", [("steps.lenght.at_least", "7")])
     with pytest.raises(ConfigError, match="name a setting of one of its"):

@@ -406,6 +406,14 @@ def test_faults_strike_once_per_run_directory(tmp_path, monkeypatch):
             faults.strike(step)
     assert struck == [(os.getpid(), 9), (os.getpid(), 19)]
     Faults(tmp_path / "other", 0, "").strike(3)
+    Faults(tmp_path, 1, "kill:p1:save8").strike(8)  # waits in the background until the save has begun
+    assert len(struck) == 2
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
+    deadline = time.monotonic() + 60
+    while len(struck) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert struck[2] == (os.getpid(), 9)
     for text in ("kill", "kill:p1", "explode:p1:step3", "kill:1:3"):
         with pytest.raises(ConfigError, match="LLMOS_FAULT"):
             Faults(tmp_path, 0, text)

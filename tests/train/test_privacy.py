@@ -19,7 +19,7 @@ from llmos_jax.tasks import base, language
 from llmos_jax.train import optim, privacy, private_step, state, step
 from llmos_jax.train.metrics import read_metrics
 
-MODEL = gpt.Config(vocab_size=128, context=16, width=32, layers=2, heads=4, mlp=64)
+MODEL = gpt.Config(vocab_size=128, context=16, width=32, layers=1, heads=4, mlp=64)
 ROWS, LENGTH = 16, 16
 CLIP = 0.7
 
@@ -48,7 +48,8 @@ class Trainer:
     """The step with a Privatizer, on a mesh."""
 
     def __init__(self, mesh=None, *, parts=4, noise=0.0, model=MODEL):
-        self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+        mesh = mesh or MeshConfig(data=1)
+        self.placement = make_placement(mesh, jax.devices()[: mesh.replica * mesh.data * mesh.model])
         build = functools.partial(gpt.build, model)
         self.handle = state.describe_model(functools.partial(build, self.placement), self.placement)
         row_placement, axes = private_step._for_rows(self.placement)
@@ -96,8 +97,7 @@ def naive(trainer, batch):
     return total, np.array(norms)
 
 
-@pytest.mark.parametrize("parts", [16, 4, 1])
-@pytest.mark.parametrize("drawn", [11, 16])
+@pytest.mark.parametrize(("parts", "drawn"), [(16, 11), (4, 11), (1, 16)])
 def test_clipped_gradients_equal_those_taken_one_by_one(parts, drawn):
     trainer, batch = Trainer(parts=parts), make_rows(drawn, parts=parts)
     (total, (weight, sums)), gradients = trainer.gradients(batch)
@@ -181,11 +181,8 @@ def test_the_sum_is_divided_by_the_expected_number():
 @pytest.mark.parametrize(
     ("mesh", "parts"),
     [
-        (MeshConfig(data=4), 4),
-        (MeshConfig(data=4, parameters="fsdp"), 2),
         (MeshConfig(data=2, model=2, parameters="fsdp"), 4),
-        (MeshConfig(data=2, model=4, parameters="zero1"), 8),
-        (MeshConfig(replica=2, data=2, model=2), 4),
+        (MeshConfig(replica=2, data=2, parameters="zero1"), 4),
     ],
     ids=str,
 )

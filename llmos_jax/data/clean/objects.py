@@ -15,8 +15,8 @@ from llmos_jax.errors import DataError
 
 _TEMPORARY = ".tmp-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Text compresses as fast as it is parsed at this level, to a third of its size.
-_ZSTD_LEVEL = 3
+# Results of tasks are read back soon: they are compressed fast. What is kept is compressed well, by half as much again.
+FAST, SMALL = ("lz4", None), ("zstd", 3)
 _ROW_GROUP = 8192
 
 
@@ -77,7 +77,7 @@ class Objects:
         with self._reading(name) as path:
             return np.load(path, mmap_mode="r")
 
-    def write_table(self, name, columns):
+    def write_table(self, name, columns, compression=FAST):
         """Writes columns {name: list or array} as a parquet file with checksums; the bytes depend on the columns alone."""
         pyarrow, parquet = _pyarrow(self.root)
         # Lists are text columns here; arrays keep their types.
@@ -87,7 +87,7 @@ class Objects:
         }
         with self._writing(name) as temporary:
             parquet.write_table(
-                pyarrow.table(arrays), temporary, compression="zstd", compression_level=_ZSTD_LEVEL,
+                pyarrow.table(arrays), temporary, compression=compression[0], compression_level=compression[1],
                 row_group_size=_ROW_GROUP, use_dictionary=False, write_statistics=False, write_page_checksum=True,
             )  # fmt: skip
 

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 
+from llmos_jax.data.clean.objects import SMALL
 from llmos_jax.data.clean.steps import parse_steps
 
 # What steps note for the runner's own use.
@@ -32,7 +33,7 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
 
     def write(kind, columns, utf8_bytes):
         name = f"output/{key}-{kind}.parquet"
-        objects.write_table(name, columns)
+        objects.write_table(name, columns, SMALL)
         result[kind] = {"name": name, "documents": len(columns["key"]), "utf8_bytes": int(np.sum(utf8_bytes))}
         names.append(name)
 

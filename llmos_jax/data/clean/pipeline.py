@@ -71,7 +71,7 @@ def make_runner(config, root):
     if config.runner == "beam":
         from llmos_jax.data.clean.beam import BeamRunner
 
-        return BeamRunner(root, config.beam_options)
+        return BeamRunner(root, config.beam_options, config.workers or host.cores())
     return ProcessRunner(root, config.workers or host.cores())
 
 
