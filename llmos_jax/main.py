@@ -18,7 +18,7 @@ _USAGE = """usage: llmos [VERB] [flags]
               (the verb when none is given; going on where the run directory stands)
   plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
   prepare     --config=experiments/prepare.py:data=PATH --workdir=DIR: raw text to a clean dataset (going on where it stands)
-  dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N --key=KEY --text=TEXT]
+  dataset     ls | verify | compare | gc | lookup | audit  --workdir=DIR [--version=N --keep=N --key=KEY --text=TEXT]
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
   checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
@@ -119,8 +119,12 @@ def _dataset(words, values, overrides, launched):
             raise errors.ConfigError("dataset lookup needs --key=KEY or --text=TEXT.")
         found = list(dataset.lookup(version, key=values.key, text=values.text))
         print("\n\n".join(map(dataset.format_place, found)) or "not found")
+    elif action == "audit":
+        from llmos_jax.data.clean import pii_audit
+
+        print(pii_audit.format_audit(pii_audit.audit(version)))
     else:
-        raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup.")
+        raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup, audit.")
 
 
 def _generate(words, values, overrides, launched):

@@ -8,8 +8,10 @@ import pyarrow.parquet
 import pytest
 
 from llmos_jax.config import parse
+from llmos_jax.data.clean import pii_audit
 from llmos_jax.data.clean.dataset import collect_garbage, open_dataset
 from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
+from llmos_jax.errors import ConfigError
 from tests.data.clean import pii_corpus
 
 FILLER = "The quick brown fox jumps over the lazy dog and runs home again. " * 10
@@ -60,6 +62,10 @@ def test_no_planted_datum_survives(planted, tmp_path, is_first):
     assert not survivors(version.directory, data)
     counts = sum(sum(value for name, value in row.items() if name.startswith("pii/")) for row in kept)
     assert counts >= len(data) and len(list(version.iterate("cut"))) >= len(kept)
+    report = pii_audit.audit(version)
+    assert report["documents"] == (2 * len(data) if is_first else len(data))
+    assert sum(entry["count"] for entry in report["kinds"].values()) >= len(data)
+    assert not any(datum in pii_audit.format_audit(report) for datum in data)
     # The raw shards are work, not result; they go when garbage is collected.
     assert survivors(tmp_path, data)
     collect_garbage(tmp_path, keep=1)
@@ -74,3 +80,5 @@ def test_without_the_step_they_are_all_there(planted, tmp_path):
     )
     prepare_dataset(config, tmp_path, log=lambda line: None)
     assert survivors(open_dataset(tmp_path).directory, data) == data
+    with pytest.raises(ConfigError, match="without the step pii"):
+        pii_audit.audit(open_dataset(tmp_path))
