@@ -158,41 +158,65 @@ def spent(settings, probability, steps):
 
 def epsilon(noise_multiplier, probability, steps, delta):
     """Returns epsilon of `steps` Poisson-sampled Gaussian mechanisms at `delta`, by privacy loss distributions (PLD)."""
-    accounting = _library()
-    accountant = accounting.pld.PLDAccountant()
-    return float(accountant.compose(_event(noise_multiplier, probability, steps)).get_epsilon(delta)) if steps else 0.0
+    return _epsilon(_library().pld.PLDAccountant(), noise_multiplier, probability, steps, delta)
 
 
 def calibrate(budget, probability, steps, delta):
-    """Returns the least noise multiplier (to 1e-3) with which `steps` stay within epsilon `budget` at `delta`."""
-    accounting = _library()
-    return float(
-        accounting.calibrate_dp_mechanism(
-            accounting.pld.PLDAccountant,
-            lambda noise: _event(noise, probability, steps),
-            budget,
-            delta,
-            accounting.LowerEndpointAndGuess(0.2, 1.0),
-            tol=1e-3,
-        )
-    )
+    """Returns the least noise multiplier (to a thousandth of it) with which `steps` stay within epsilon `budget` at `delta`."""
+
+    def fits(noise):
+        return epsilon(noise, probability, steps, delta) <= budget
+
+    # Renyi's bound is quick and never too low. PLD takes minutes where the noise is far too small: it starts close by.
+    high = _bisect(lambda noise: _quick(noise, probability, steps, delta) <= budget, 1.0, relative=0.01)
+    while fits(0.9 * high):
+        high *= 0.9
+    return _bisect(fits, high, low=0.9 * high, relative=1e-3)
 
 
 def most_steps(budget, noise_multiplier, probability, delta, limit):
     """Returns the largest number of steps, at most `limit` (none: any), that stays within epsilon `budget`."""
 
     def fits(steps):
-        return epsilon(noise_multiplier, probability, steps, delta) <= budget
+        return (limit is None or steps <= limit) and epsilon(noise_multiplier, probability, steps, delta) <= budget
 
     if limit is not None and fits(limit):
         return limit
-    low, high = 0, limit or 1
-    while limit is None and fits(high):
+    low, high = 0, 1
+    while _quick(noise_multiplier, probability, high, delta) <= budget:  # never more steps than PLD allows
+        low, high = high, 2 * high
+    high = max(high, 1)
+    while fits(high):
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def _bisect(fits, high, low=None, relative=1e-3):
+    """Returns the least value that fits, to a relative error; more fits better. `low` does not fit, where it is known."""
+    while not fits(high):
+        low, high = high, 2 * high
+    while low is None:
+        low, high = (None, high / 2) if fits(high / 2) else (high / 2, high)
+    while high - low > relative * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
+
+
+def _quick(*arguments):
+    # Whole orders have a closed form; others may not converge.
+    return _epsilon(_library().rdp.RdpAccountant([*range(2, 64), 128, 256, 512]), *arguments)
+
+
+def _epsilon(accountant, noise_multiplier, probability, steps, delta):
+    if not steps:
+        return 0.0
+    accounting = _library()
+    step = accounting.PoissonSampledDpEvent(probability, accounting.GaussianDpEvent(noise_multiplier))
+    return float(accountant.compose(step, steps).get_epsilon(delta))
 
 
 def _resolve(settings, probability):
@@ -226,16 +250,11 @@ def describe(account):
     )
 
 
-def _event(noise_multiplier, probability, steps):
-    accounting = _library()
-    step = accounting.PoissonSampledDpEvent(probability, accounting.GaussianDpEvent(noise_multiplier))
-    return accounting.SelfComposedDpEvent(step, steps)
-
-
 def _library():
     try:
         import dp_accounting
         import dp_accounting.pld
+        import dp_accounting.rdp
     except ImportError:
         raise ConfigError("train.privacy needs dp-accounting: pip install 'llmos-jax[privacy]'") from None
     return dp_accounting
