@@ -100,6 +100,10 @@ def make_private(settings, task, placement):
     config, train = settings.train.privacy, settings.train
     if task.loader is None:
         raise ConfigError(f"train.privacy: the task {settings.task.name!r} has no documents that batches could be drawn from.")
+    if task.loader.stages or any(task.loader.max_epochs):
+        raise ConfigError(
+            "train.privacy can't be combined with data.stages or max_epochs: every document has one chance at all steps."
+        )
     rows, parts = batch_rows(settings, placement)
     key = _key(config, settings.seed)
     sampler = PoissonSampler(task.loader, expected=train.batch_size, capacity=rows, parts=parts, key=key)
@@ -114,8 +118,7 @@ def make_private(settings, task, placement):
     identity = dict(task.identity) | {"privacy": {"key": hashlib.sha256(b"identity" + key).hexdigest()[:16]}}
 
     def check_identity(saved):
-        saved = dict(saved)
-        task.check_identity(saved)
+        task.check_identity({name: value for name, value in saved.items() if name != "privacy"})
         if saved.get("privacy") != identity["privacy"]:
             raise DataIdentityMismatch(
                 f"the checkpoint's batches were drawn with another key ({saved.get('privacy')}, now {identity['privacy']}): "
