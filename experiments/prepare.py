@@ -23,12 +23,12 @@ from llmos_jax.errors import ConfigError
 DUPLICATES = [{"step": "exact_duplicates"}, {"step": "minhash_duplicates"}]
 CHAINS = {
     "none": [],
-    # Gopher's words (Rae et al. 2021) with room for other languages, tables and symbols.
+    # Gopher's words (Rae et al. 2021) with room for other languages (some write without blanks), tables and symbols.
     "text": [
         {"step": "normalise"},
         {"step": "language"},
         {"step": "gopher_repetition"},
-        {"step": "gopher_quality", "min_letter_words": 0.5, "min_stop_words": 0, "max_mean_word_length": 14.0},
+        {"step": "gopher_quality", "min_letter_words": 0.5, "min_stop_words": 0, "max_mean_word_length": 40.0},
         *DUPLICATES,
         {"step": "repeated_paragraphs"},
         {"step": "length", "at_least": 200},

@@ -22,8 +22,9 @@ _REPLACED = (
 )
 # For each character the place of the pattern that takes it, or the number of patterns: none does.
 _PATTERN_OF = np.full(0x110000, len(_REPLACED), np.uint8)
+_EVERY = "".join(map(chr, range(0x10000)))
 for _place, (_pattern, _) in enumerate(_REPLACED):
-    _PATTERN_OF[[code for code in range(0x10000) if _pattern.match(chr(code))]] = _place
+    _PATTERN_OF[[ord(found) for found in _pattern.findall(_EVERY)]] = _place
 # The last two patterns for text that is all ASCII, as tables of bytes: ten times faster.
 _ASCII_NEWLINES = bytes.maketrans(b"\r\x0b\x0c\x1c\x1d\x1e", b"\n" * 6)
 _ASCII_INVISIBLE = bytes(np.flatnonzero(_PATTERN_OF[:128] == 3).tolist())

@@ -20,6 +20,7 @@ _BATCH_CHARACTERS = 1 << 19
 (_SPACE, _LOWER, _UPPER, _DIGIT, _DOT, _HYPHEN, _DASH, _COMMA, _COLON, _SLASH, _EQUALS, _QUOTE, _MARK, _OTHER) = range(14)
 _LETTERS = {_LOWER, _UPPER}
 _ALNUM = {_LOWER, _UPPER, _DIGIT}
+_IS_LETTER = np.isin(np.arange(16), [_LOWER, _UPPER])
 _IS_PEELED = np.isin(np.arange(16), [_DOT, _DASH, _COMMA, _COLON, _EQUALS, _QUOTE, _MARK])
 _MARKS = '!?;()[]{}_#*&…"“”„«»‹›`´¿¡؟؛،。？！、；・·।॥%$£€¥§'
 _CLASS_OF_MARK = {".": _DOT, "-": _HYPHEN, "~": _HYPHEN, "–": _DASH, "—": _DASH, ",": _COMMA, "/": _SLASH, "=": _EQUALS}
@@ -61,23 +62,30 @@ class Words:
         return sums[self.first[1:]] - sums[self.first[:-1]]
 
 
+def every_character():
+    """Returns an array of all characters in the order of code points, as numpy's texts of length one."""
+    return np.arange(0x110000, dtype=np.uint32).view("U1")
+
+
 @functools.cache
 def _character_tables():
     """Returns tables by code point: class (uint8), _LETTER and _WORD flags (uint8), lower case (uint32)."""
-    every = [chr(code) for code in range(0x110000)]
+    every = every_character()
     classes = np.full(len(every), _OTHER, np.uint8)
-    classes[[c.isspace() for c in every]] = _SPACE
-    classes[[c.isalpha() for c in every]] = _LOWER
-    classes[[c.isupper() for c in every]] = _UPPER
-    classes[[c.isdigit() for c in every]] = _DIGIT
-    classes[[unicodedata.category(c) == "So" for c in every]] = _MARK
+    classes[np.strings.isspace(every)] = _SPACE
+    is_letter = np.strings.isalpha(every)
+    classes[is_letter] = _LOWER
+    classes[np.strings.isupper(every)] = _UPPER
+    classes[np.strings.isdigit(every)] = _DIGIT
+    # Symbols such as arrows and pictures, all of them in the first two planes.
+    classes[[code for code in range(0x20000) if unicodedata.category(chr(code)) == "So"]] = _MARK
     for mark, kind in _CLASS_OF_MARK.items():
         classes[ord(mark)] = kind
-    flags = np.where([c.isalpha() for c in every], _HAS_LETTER | _NO_SIGN, _NO_SIGN).astype(np.uint8)
+    flags = np.where(is_letter, _HAS_LETTER | _NO_SIGN, _NO_SIGN).astype(np.uint8)
     flags[[ord(c) for c in _SIGNS]] = 0
     flags[:32] = flags[127:160] = 0
     flags[classes == _SPACE] = 0
-    lower = np.array([ord(c.lower()) if len(c.lower()) == 1 else ord(c) for c in every], np.uint32)
+    lower = np.ascontiguousarray(np.strings.lower(every)).view(np.uint32)
     return classes, flags, lower
 
 
@@ -95,7 +103,7 @@ def _border_table():
     for before, here, after in np.ndindex(14, 14, 14):
         if here != _SPACE:
             table[before, here, after] = _borders(before, here, after)
-    return table.reshape(-1)
+    return table
 
 
 def _borders(before, here, after):
@@ -170,12 +178,11 @@ def batches(texts):
             start, size = stop, 0
 
 
-def _contractions(codes, classes):
-    """Returns the places where English contractions start: n't, 's, 'm, 'd, 'll, 're, 've."""
-    places = np.flatnonzero(classes == _QUOTE)
-    places = places[(places > 1) & (places < len(codes) - 3)]
+def _contractions(quotes, codes, classes):
+    """Returns the places where English contractions start: n't, 's, 'm, 'd, 'll, 're, 've; `quotes`: places of apostrophes."""
+    places = quotes[(quotes > 1) & (quotes < len(codes) - 3)]
     before, one, two = (codes[places + offset] | 32 for offset in (-1, 1, 2))
-    is_letter = [(kinds == _LOWER) | (kinds == _UPPER) for kinds in (classes[places + offset] for offset in (-2, -1, 1, 2, 3))]
+    is_letter = [_IS_LETTER[classes[places + offset]] for offset in (-2, -1, 1, 2, 3)]
     is_within = is_letter[1] & is_letter[2]
     short = is_within & ~is_letter[3]
     long = is_within & is_letter[3] & ~is_letter[4]
@@ -186,79 +193,92 @@ def _contractions(codes, classes):
 
 def _units(codes, classes):
     """Returns the places where a unit stands after a number: 5m, 10MB."""
-    is_letter = (classes == _LOWER) | (classes == _UPPER)
-    places = np.flatnonzero(is_letter[1:-2] & (classes[:-3] == _DIGIT)) + 1
+    places = np.flatnonzero(classes == _DIGIT) + 1
+    places = places[_IS_LETTER[classes[places]]]
     is_end = _IS_PEELED | (np.arange(16) == _SPACE)
+    # Whoever has a letter after it has two more characters after it: the text ends with a blank.
+    after_one, after_two = is_end[classes[places + 1]], is_end[classes[np.minimum(places + 2, len(codes) - 1)]]
     one, two = codes[places], codes[places] << 21 | codes[places + 1]
-    after_one, after_two = is_end[classes[places + 1]], is_end[classes[places + 2]]
     return places[(after_one & np.isin(one, _UNITS)) | (after_two & np.isin(two, _LONG_UNITS))]
 
 
-def _peel(begins, classes):
-    """Marks the borders of punctuation at the ends of what stands between blanks: each character is a word."""
-    places = np.flatnonzero(_IS_PEELED[classes])
+def _peel(begins, places, classes):
+    """Marks the borders of punctuation, at `places`, at the ends of what stands between blanks: each character is a word."""
     if not len(places):
         return
     opens = np.diff(places, prepend=-2) > 1
     firsts = places[opens]
     lasts = places[np.append(np.flatnonzero(opens)[1:], len(places)) - 1]
-    before, after = classes[firsts - 1], classes[lasts + 1]
-    leads, trails = before == _SPACE, after == _SPACE
-    # The dot of an initial or of "e.g." is its own.
-    is_dot = (firsts == lasts) & (classes[firsts] == _DOT)
-    earlier = classes[np.maximum(firsts - 2, 0)]
+    before, earlier = classes[firsts - 1], classes[np.maximum(firsts - 2, 0)]
+    leads, trails = before == _SPACE, classes[lasts + 1] == _SPACE
+    # The dot of an initial, of a single letter, of "e.g." and of a path is not the end of a sentence.
     is_initial = (before == _UPPER) & (earlier != _UPPER)
-    is_abbreviation = ((before == _LOWER) | (before == _UPPER)) & (earlier == _DOT)
-    trails &= ~(is_dot & (is_initial | is_abbreviation))
+    is_abbreviation = _IS_LETTER[before] & ((earlier == _DOT) | (earlier == _SPACE))
+    is_kept = is_initial | is_abbreviation | (before == _SLASH) | (before == _OTHER)
+    trails &= ~((firsts == lasts) & (classes[firsts] == _DOT) & is_kept)
     run = np.cumsum(opens) - 1
     here, left, right = classes[places], classes[places - 1], classes[places + 1]
-    is_edge = trails[run] | (leads[run] & (here != _DOT))
-    # Dots in a row are one word; "=" is peeled from the left only.
+    # "=" is peeled from the left only, a dot from the right only; dots in a row are one word.
+    is_edge = (trails[run] & (here != _EQUALS)) | (leads[run] & (here != _DOT))
     begins[places[is_edge & ~((here == _DOT) & (left == _DOT))]] = True
     begins[places[is_edge & ~((here == _DOT) & (right == _DOT))] + 1] = True
 
 
-def _join_addresses(begins, codes, classes):
+def _join_addresses(begins, colons, codes, classes):
     """Takes the borders out of web addresses, from `://` to the last character that is no punctuation."""
-    places = np.flatnonzero(classes == _COLON)
-    places = places[places < len(codes) - 3]
+    places = colons[colons < len(codes) - 3]
     places = places[(codes[places + 1] == ord("/")) & (codes[places + 2] == ord("/"))]
-    if len(places):
-        plain = np.flatnonzero(~_IS_PEELED[classes] & (classes != _SPACE))
-        blanks = np.flatnonzero(classes == _SPACE)
-        stops = blanks[np.searchsorted(blanks, places)]
-        stops = plain[np.searchsorted(plain, stops) - 1] + 1
-        inside = np.zeros(len(codes) + 1, np.int32)
-        np.add.at(inside, places, 1)
-        np.add.at(inside, np.maximum(stops, places), -1)
-        begins &= np.cumsum(inside[:-1]) == 0
+    if not len(places):
+        return
+    blanks = np.flatnonzero(classes == _SPACE)
+    stops = blanks[np.searchsorted(blanks, places)]
+    is_mark = np.ones(len(stops), bool)
+    while is_mark.any():
+        is_mark = _IS_PEELED[classes[stops - 1]] & (stops > places + 1)
+        stops -= is_mark
+    borders = np.flatnonzero(begins)
+    address = np.searchsorted(places, borders, side="right") - 1
+    begins[borders[(address >= 0) & (borders < stops[address])]] = False
 
 
 def _borders_of(codes, classes):
     """Returns the places where words start and where they stop, in text that starts and ends with a blank."""
-    wide = classes.astype(np.uint16)
-    borders = _border_table()[(wide[:-2] << 8) | (wide[1:-1] << 4) | wide[2:]]
-    is_space = classes == _SPACE
     begins = np.zeros(len(codes), bool)
-    begins[1:-1] = borders & 1
-    begins[2:] |= (borders & 2).astype(bool)
-    begins[_contractions(codes, classes)] = True
+    marks = np.flatnonzero(classes > _DIGIT)
+    kinds = classes[marks]
+    borders = _border_table()[classes[marks - 1], kinds, classes[marks + 1]]
+    begins[marks[(borders & 1) > 0]] = True
+    begins[marks[(borders & 2) > 0] + 1] = True
+    begins[_contractions(marks[kinds == _QUOTE], codes, classes)] = True
     begins[_units(codes, classes)] = True
-    _join_addresses(begins, codes, classes)
-    _peel(begins, classes)
+    _join_addresses(begins, marks[kinds == _COLON], codes, classes)
+    _peel(begins, marks[_IS_PEELED[kinds]], classes)
+    is_space = classes == _SPACE
     begins[1:] |= is_space[:-1]
     ends = np.ones(len(codes), bool)
     ends[:-1] = (begins | is_space)[1:]
     return np.flatnonzero(begins & ~is_space), np.flatnonzero(ends & ~is_space) + 1
 
 
+def _flags_of_words(codes, start, stop):
+    """Returns the flags of all characters of each word together, uint8."""
+    table = _character_tables()[1]
+    flags = table[codes[start]]
+    # A word that starts with a letter has all flags; of the few others the rest is looked at.
+    open_ones = np.flatnonzero((flags & _HAS_LETTER == 0) & (stop - start > 1))
+    if len(open_ones):
+        sizes = (stop - start)[open_ones]
+        begins = np.cumsum(sizes) - sizes
+        places = np.repeat(start[open_ones] - begins, sizes) + np.arange(sizes.sum())
+        flags[open_ones] = np.bitwise_or.reduceat(table[codes[places]], begins)
+    return flags
+
+
 def _find(texts):
     """Returns the Words of one batch."""
-    classes_of, flags_of, _ = _character_tables()
     codes, starts = code_points(texts)
-    start, stop = _borders_of(codes, classes_of[codes])
-    # A stretch of reduceat lasts until the next word: the blanks between have no flags.
-    flags = np.bitwise_or.reduceat(flags_of[codes], start) if len(start) else np.zeros(0, np.uint8)
+    start, stop = _borders_of(codes, _character_tables()[0][codes])
+    flags = _flags_of_words(codes, start, stop)
     return Words(
         first=np.append(np.searchsorted(start, starts), len(start)),
         lengths=(stop - start).astype(np.int32),
@@ -277,15 +297,15 @@ class OfTexts:
 
     def __init__(self, find):
         self._find = find
-        self._places, self._held = {}, find(())
+        self._places, self._held = {}, None
 
     def __call__(self, texts):
         """Returns the arrays for a list of texts."""
         texts = tuple(texts)
-        if texts == tuple(self._places):
+        if texts and texts == tuple(self._places):
             return self._held
         places = list(map(self._places.get, texts))
-        if None not in places:
+        if texts and None not in places:
             return _select(self._held, np.array(places, np.int64))
         held = concatenate([self._find(texts[part]) for part in batches(texts)] or [self._find(())])
         if len(set(texts)) == len(texts):
