@@ -6,6 +6,8 @@ The public surface, imported lazily so that importing the package has no side ef
 _PUBLIC = {
     "load": "llmos_jax.api",
     "load_settings": "llmos_jax.api",
+    "import_checkpoint": "llmos_jax.api",
+    "export_checkpoint": "llmos_jax.api",
     "run_training": "llmos_jax.api",
     "LanguageModel": "llmos_jax.api",
     "Settings": "llmos_jax.train.settings",

@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
+from llmos_jax.errors import CheckpointError, ConfigError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -18,11 +18,12 @@ def load_settings(spec, overrides=()):
 
     Raises ConfigError naming any setting that is unknown, mistyped, out of range or contradictory.
     """
+    from llmos_jax import convert
     from llmos_jax.train.settings import Settings
 
     tree, path, arg = config.load_experiment(spec)
     settings = config.parse(Settings, config.apply_overrides(tree, overrides))
-    return settings, default_directory(path, arg)
+    return convert.adopt(settings), default_directory(path, arg)
 
 
 def load_prepare_settings(spec, overrides=()):
@@ -147,25 +148,36 @@ def plan(settings, topology):
     )
 
 
-def load(directory, *, step=None):
+def load(directory, *, step=None, mesh=None, dtype=None):
     """Returns the LanguageModel of a run directory: its newest verified checkpoint, or that of `step`.
 
-    Raises RunDirectoryError when the directory holds no run, CheckpointError when no checkpoint is intact.
+    Or of a checkpoint of transformers, `hf:FOLDER` or `hf:OWNER/NAME`; its weights become `dtype`: as they are in its files on
+    accelerators, float32 on CPU, unless given. mesh: a MeshConfig; none: every device has all parameters.
+
+    Raises RunDirectoryError when the directory holds no run, CheckpointError when no checkpoint is intact, and what
+    `interop.huggingface` says of a checkpoint that can't be read.
     """
+    from llmos_jax import convert
     from llmos_jax.compute.sharding import make_placement
     from llmos_jax.data.tokenizer import load_tokenizer
+    from llmos_jax.interop import huggingface
     from llmos_jax.serve.generate import Generator
     from llmos_jax.train import directory as run_directory
-    from llmos_jax.train.settings import Settings
+    from llmos_jax.train.settings import Settings, TrainConfig
     from llmos_jax.train.state import describe_model
 
+    if huggingface.is_source(directory):
+        prepare_platform(TrainConfig())
+        settings, handle, params, tokenizer = convert.load_model(directory, mesh, dtype)
+        family = config.unit("llmos_jax.models", settings.model.name)
+        return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, handle.placement))
     directory = pathlib.Path(directory)
     saved = run_directory.read_settings(directory)
     if saved is None:
         raise RunDirectoryError(f"--workdir={directory} holds no run: there is no {run_directory.SETTINGS_FILE}.")
     settings = config.parse(Settings, saved)
-    prepare_platform(settings)
-    placement = make_placement()
+    prepare_platform(settings.train)
+    placement = make_placement(mesh)
     family = config.unit("llmos_jax.models", settings.model.name)
     handle = describe_model(functools.partial(family.build, settings.model, placement), placement)
     key = "params" if settings.optim.ema is None else "ema"
@@ -192,6 +204,43 @@ class LanguageModel:
         sampling = sampling or config.parse(SamplingConfig, choices)
         return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
 
+    def chat(self, messages, sampling=None, on_text=None, **choices):
+        """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
+
+        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
+        """
+        tokenizer = self.generator.tokenizer
+        if not hasattr(tokenizer, "chat_prompt"):
+            raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
+        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
+
+
+def import_checkpoint(source, directory):
+    """Writes a checkpoint of transformers (`hf:FOLDER`, `hf:OWNER/NAME`) as a new run directory (see `convert`)."""
+    from llmos_jax import convert
+    from llmos_jax.train import directory as run_directory
+    from llmos_jax.train.settings import TrainConfig
+
+    prepare_platform(TrainConfig())
+    directory = run_directory.prepare_directory(directory)
+    with _sole_writer(directory):
+        convert.import_checkpoint(source, directory)
+
+
+def export_checkpoint(directory, folder, *, step=None, dtype=None):
+    """Writes the model of a run directory for transformers (see `convert`): of its newest good checkpoint, or of `step`.
+
+    The run may go on meanwhile: nothing of it is written.
+    """
+    from llmos_jax import convert
+    from llmos_jax.train.settings import TrainConfig
+
+    def restore(settings, abstract):
+        return _restore_params(directory, abstract, step=step, key="params" if settings.optim.ema is None else "ema")
+
+    prepare_platform(TrainConfig())
+    convert.export_checkpoint(directory, folder, restore, dtype=dtype)
+
 
 def headline(summary):
     """Returns one line on a run's summary: its validation figures and the baselines they are held against."""
@@ -205,8 +254,8 @@ def is_worth_reading(record):
     return record.levelno >= python_logging.WARNING or pathlib.Path(__file__).parent in pathlib.Path(record.pathname).parents
 
 
-def prepare_platform(settings):
-    """Applies what must be set before JAX makes its first array: heap, dispatch, compile cache.
+def prepare_platform(train):
+    """Applies what must be set before JAX makes its first array: heap (by a TrainConfig), dispatch, compile cache.
 
     Raises ConfigError when JAX would compute on the CPU beside an accelerator that it has no support for.
     """
@@ -221,7 +270,7 @@ def prepare_platform(settings):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if jax.default_backend() == "cpu":
         devices.refuse_idle_accelerator()
-        has_kept_heap = settings.train.keep_heap and host.keep_heap()
+        has_kept_heap = train.keep_heap and host.keep_heap()
         logging.info("freed memory is kept for reuse: %s", has_kept_heap)
 
 
@@ -248,7 +297,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train import loop
 
-    prepare_platform(settings)
+    prepare_platform(settings.train)
     distributed.check_count()
     placement = make_placement(settings.mesh)
     build = functools.partial(
@@ -337,8 +386,12 @@ def _warm_start(settings, artifacts, abstract):
 
     Raises DataIdentityMismatch when that run's tokenizer is another one: its embeddings would mean other texts.
     """
+    from llmos_jax import convert
+    from llmos_jax.interop import huggingface
     from llmos_jax.train import directory as run_directory
 
+    if huggingface.is_source(settings.train.init_from):
+        return convert.warm_start(settings, artifacts, abstract)
     source = pathlib.Path(settings.train.init_from)
     saved = run_directory.read_settings(source)
     if saved is None:

@@ -21,6 +21,8 @@ _USAGE = """usage: llmos [VERB] [flags]
   dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N --key=KEY --text=TEXT]
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
+  convert     --from=hf:FOLDER --workdir=DIR: a checkpoint of transformers (or hf:OWNER/NAME) as a run directory
+  convert     --to=hf:FOLDER --workdir=DIR [--step=STEP --dtype=float32|bfloat16|float16]: a run for transformers
   checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
 """
 
@@ -148,6 +150,20 @@ def _generate(words, values, overrides, launched):
         print(f"{prompt}{done.text}\n---")
 
 
+def _convert(words, values, overrides, launched):
+    _no_more(words)
+    if bool(values["from"].value) == bool(values.to):
+        raise errors.ConfigError(f"convert needs either --from=hf:FOLDER or --to=hf:FOLDER.\n\n{_USAGE}")
+    named = values["from"].value or values.to
+    if not named.startswith("hf:"):
+        raise errors.ConfigError(f"convert reads and writes checkpoints of transformers: hf:{named}, not {named}.")
+    if values.to:
+        folder = pathlib.Path(named.removeprefix("hf:")).expanduser()
+        api.export_checkpoint(_workdir(values), folder, step=values.step, dtype=values.dtype)
+    else:
+        api.import_checkpoint(named, _workdir(values))
+
+
 def _checkpoint(words, values, overrides, launched):
     from llmos_jax.train import checkpoint
     from llmos_jax.train.lease import RunDirectoryLease
@@ -180,6 +196,7 @@ _VERBS = {
     "prepare": _prepare,
     "dataset": _dataset,
     "generate": _generate,
+    "convert": _convert,
     "checkpoint": _checkpoint,
 }
 
@@ -204,6 +221,9 @@ def _parse(argv):
     flags.DEFINE_string("workdir", None, "run directory", **text)
     flags.DEFINE_string("topology", None, "machine to plan for, as v5p-1024 or v5p:8x8x8", **text)
     flags.DEFINE_string("json", None, "file for the plan's figures", **text)
+    flags.DEFINE_string("from", None, "checkpoint of transformers to convert, hf:FOLDER or hf:OWNER/NAME", **text)
+    flags.DEFINE_string("to", None, "new folder for transformers, hf:FOLDER", **text)
+    flags.DEFINE_string("dtype", None, "of the weights in the files that convert writes", **text)
     flags.DEFINE_multi_string("prompt", [], "text to continue (repeatable)", **text)
     flags.DEFINE_string("prompt_file", None, "file with one prompt a line", **text)
     for name in ("max_tokens", "temperature", "top_k", "top_p", "seed"):

@@ -12,7 +12,7 @@ import llmos_jax
 from llmos_jax import api
 settings, _ = llmos_jax.load_settings("experiments/gpt.py:smoke")
 if sys.argv[1] == "prepared":
-    api.prepare_platform(settings)
+    api.prepare_platform(settings.train)
 import jax, jax.numpy as jnp
 work = jax.jit(lambda x: jax.lax.fori_loop(0, 40, lambda i, y: y @ x * 1e-3, x))
 x = jnp.ones((768, 768))

@@ -9,6 +9,7 @@ import pytest
 ROWS = (
     ("__init__", "main"),
     ("api",),
+    ("convert",),
     ("evaluate",),
     ("train", "serve"),
     ("tasks", "compress", "interop"),

@@ -1,7 +1,5 @@
 """Tokenizers: plain bytes, or byte-level BPE or Unigram trained on the corpus (the `tokenizers` library)."""
 
-import codecs
-import hashlib
 import itertools
 import json
 import operator
@@ -10,6 +8,8 @@ import re
 
 import numpy as np
 
+from llmos_jax.data.decoding import BYTES, StreamDecoder, decode, digest, token_bytes
+from llmos_jax.data.pretrained import ENVELOPE, SETTINGS_FILE, PretrainedTokenizer, files_beside, read_model
 from llmos_jax.errors import ConfigError, DataError
 
 # Settings that begin so name a tokenizer that is trained, and its size.
@@ -28,11 +28,12 @@ class ByteTokenizer:
     name = "byte"
     vocab_size = 257
     end_id = 256
+    end_ids = frozenset([256])
 
     @property
     def fingerprint(self):
         """16 hex digits that identify what the tokenizer does."""
-        return _digest(self.to_json())
+        return digest(self.to_json())
 
     @property
     def token_byte_lengths(self):
@@ -42,6 +43,10 @@ class ByteTokenizer:
     def encode(self, text):
         """Returns the tokens of `text`, int32; the end token never appears."""
         return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def prompt(self, text):
+        """Returns the tokens that a model is given to continue `text`: documents begin with the end token in training."""
+        return _behind_end(self, text)
 
     def encode_all(self, texts):
         """Yields `encode` of every text."""
@@ -53,7 +58,7 @@ class ByteTokenizer:
 
     def decode(self, tokens):
         """Returns the text of `tokens`; bytes that are not UTF-8 become U+FFFD, end tokens nothing."""
-        return _decode(self, tokens)
+        return decode(self, tokens)
 
     def stream_decoder(self):
         """Returns a new StreamDecoder."""
@@ -62,6 +67,16 @@ class ByteTokenizer:
     def to_json(self):
         """Returns what `load_tokenizer` reads."""
         return {"llmos": "byte"}
+
+    def to_files(self):
+        """Returns {name: text} of the files that transformers reads."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        model = Tokenizer(models.BPE({character: byte for character, byte in BYTES.items()}, []))
+        model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        model.decoder = decoders.ByteLevel()
+        model.add_special_tokens([END_TEXT])
+        return _files(model)
 
 
 class SubwordTokenizer:
@@ -78,14 +93,15 @@ class SubwordTokenizer:
         self.end_id = model.token_to_id(END_TEXT)
         if self.end_id is None:
             raise DataError(f"the tokenizer has no {END_TEXT!r} token, which separates documents.")
-        self._bytes = [_token_bytes(model.id_to_token(token) or "") for token in range(self.vocab_size)]
+        self.end_ids = frozenset([self.end_id])
+        self._bytes = [token_bytes(model.id_to_token(token) or "") for token in range(self.vocab_size)]
         self._bytes[self.end_id] = b""
         self._can_be_cut = _is_cut_at_spaces(self.to_json())
 
     @property
     def fingerprint(self):
         """16 hex digits that identify what the tokenizer does."""
-        return _digest(self.to_json())
+        return digest(self.to_json())
 
     @property
     def token_byte_lengths(self):
@@ -95,6 +111,10 @@ class SubwordTokenizer:
     def encode(self, text):
         """Returns the tokens of `text`, int32; the end token never appears."""
         return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def prompt(self, text):
+        """Returns the tokens that a model is given to continue `text`: documents begin with the end token in training."""
+        return _behind_end(self, text)
 
     def encode_all(self, texts):
         """Yields `encode` of every text, on all cores; a long text goes in pieces, which bounds the library's memory."""
@@ -117,7 +137,7 @@ class SubwordTokenizer:
 
     def decode(self, tokens):
         """Returns the text of `tokens`; bytes that are not UTF-8 become U+FFFD, end tokens nothing."""
-        return _decode(self, tokens)
+        return decode(self, tokens)
 
     def stream_decoder(self):
         """Returns a new StreamDecoder."""
@@ -127,21 +147,11 @@ class SubwordTokenizer:
         """Returns the library's own `tokenizer.json` content."""
         return json.loads(self._model.to_str())
 
+    def to_files(self):
+        """Returns {name: text} of the files that transformers reads."""
+        from tokenizers import Tokenizer
 
-class StreamDecoder:
-    """Text from tokens one by one; a character whose bytes are not all there yet is held back."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token):
-        """Returns the text that this token completes, maybe empty."""
-        return self._decoder.decode(self._tokenizer.token_bytes(int(token)))
-
-    def flush(self):
-        """Returns what was held back, incomplete characters as U+FFFD."""
-        return self._decoder.decode(b"", final=True)
+        return _files(Tokenizer.from_str(self._model.to_str()))
 
 
 def train_bpe(texts, vocab_size):
@@ -203,15 +213,12 @@ def load_tokenizer(path):
         raise DataError(f"tokenizer file {path} can't be read: {error}.") from None
     if isinstance(tree, dict) and tree.get("llmos") == "byte":
         return ByteTokenizer()
-    from tokenizers import Tokenizer
-
-    try:
-        model = Tokenizer.from_str(content)
-    except BaseException as error:  # the library's PanicException is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise DataError(f"tokenizer file {path} is not one that the tokenizers library reads: {error}.") from None
-    return SubwordTokenizer(model)
+    if isinstance(tree, dict) and tree.get("llmos") == ENVELOPE:
+        return PretrainedTokenizer(tree["files"], path)
+    beside = files_beside(path)
+    if beside:
+        return PretrainedTokenizer(beside | {"tokenizer.json": content}, path)
+    return SubwordTokenizer(read_model(content, path))
 
 
 def pieces(text, size):
@@ -246,31 +253,15 @@ def _is_cut_at_spaces(tree):
     return is_plain and not tree.get("normalizer") and all(token["special"] for token in tree.get("added_tokens", ()))
 
 
-def _byte_alphabet():
-    """GPT-2's table: every byte as a printable character."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    table, extra = {}, 0
-    for byte in range(256):
-        if byte in printable:
-            table[chr(byte)] = byte
-        else:
-            table[chr(256 + extra)] = byte
-            extra += 1
-    return table
+def _files(model):
+    """Returns transformers' files of a tokenizer of ours, with what `prompt` puts before a text."""
+    from tokenizers import processors
+
+    end = (END_TEXT, model.token_to_id(END_TEXT))
+    model.post_processor = processors.TemplateProcessing(single=f"{END_TEXT} $A", special_tokens=[end])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_TEXT, "eos_token": END_TEXT}
+    return {"tokenizer.json": model.to_str(pretty=True), SETTINGS_FILE: json.dumps(settings, indent=2) + "\n"}
 
 
-_BYTES = _byte_alphabet()
-
-
-def _token_bytes(token):
-    if all(character in _BYTES for character in token):
-        return bytes(_BYTES[character] for character in token)
-    return token.encode("utf-8")  # an added token is spelled as itself
-
-
-def _decode(tokenizer, tokens):
-    return b"".join(tokenizer.token_bytes(int(token)) for token in tokens).decode("utf-8", errors="replace")
-
-
-def _digest(tree):
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+def _behind_end(tokenizer, text):
+    return np.concatenate([np.array([tokenizer.end_id], np.int32), tokenizer.encode(text)])

@@ -17,7 +17,7 @@ from llmos_jax.models.attention_cpu import HIDDEN, blocked_attention
 
 IMPLEMENTATIONS = ("auto", "reference", "blocked", "xla", "cudnn", "splash")
 # What "auto" tries, in this order, where the platform is this.
-_PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla"), "tpu": ("splash", "xla")}
+_PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla", "blocked"), "tpu": ("splash", "xla", "blocked")}
 # The sides of splash attention's tiles, largest first; a length is a multiple of the last.
 _SPLASH_TILES = (512, 384, 256, 128)
 # A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
@@ -33,6 +33,7 @@ def attend(
     segments_BL=None,
     window=None,
     scale=None,
+    softcap=None,
     implementation="auto",
     placement=None,
 ):
@@ -40,28 +41,32 @@ def attend(
 
     H is a multiple of G (grouped-query attention: H / G consecutive query heads share a key-value head). `segments_BL`:
     int32 ids, only equal ids see each other; rows of id 0 (padding) come out finite. `window` needs `is_causal`. L and
-    M may differ only without causal mask, window and segments. `scale` is 1 / sqrt(K) unless given.
+    M may differ only without causal mask, window and segments. `scale` is 1 / sqrt(K) unless given. `softcap` c turns scores s
+    into c tanh(s / c) before they are masked (Gemma Team 2024, Gemma 2, section 2).
 
     `implementation`: "reference" (all scores in float32), "blocked" (query blocks, made for XLA:CPU), "xla"
     (`jax.nn.dot_product_attention`), "cudnn" (flash attention, NVIDIA), "splash" (Pallas, TPU), or "auto": blocked on
-    CPU, cudnn on GPU and splash on TPU where they support the call, else xla. With segments cudnn reads the mask as a
-    [B, 1, L, L] bias. `placement` gives `.platform`, `.mesh` and `.spec(*logical axes)`; None is one device of JAX's
+    CPU, cudnn on GPU and splash on TPU where they support the call, else xla, else blocked. With segments cudnn reads the
+    mask as a [B, 1, L, L] bias. `placement` gives `.platform`, `.mesh` and `.spec(*logical axes)`; None is one device of JAX's
     default platform. Where it shards the length, "auto" is `attention_context.context_attention`, positions lie in
     `placement.length_order`, and no kernel can be asked for by name. Raises ConfigError on shapes that do not fit and on
     a kernel asked for by name that does not support the call.
     """
-    call = _Call.of(query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement)
+    call = _Call.of(query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, softcap, placement)
     kernel = _choose(implementation, call)
     scale = float(1 / np.sqrt(call.head_size) if scale is None else scale)
     masks = {"segments_BL": segments_BL, "is_causal": is_causal, "window": window, "scale": scale}
     if kernel == "context":
         return context_attention(query_BLHK, key_BMGK, value_BMGK, placement=placement, **masks)
     if kernel == "splash":
-        return _splash(query_BLHK, key_BMGK, value_BMGK, placement=placement, **masks)
-    return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks)
+        return _splash(query_BLHK, key_BMGK, value_BMGK, softcap=softcap, placement=placement, **masks)
+    capped = {} if softcap is None else {"softcap": softcap}
+    return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks, **capped)
 
 
-def attend_cached(query_BLHK, key_cache_BGMK, value_cache_BGMK, start_B, *, first_B=None, window=None, scale=None):
+def attend_cached(
+    query_BLHK, key_cache_BGMK, value_cache_BGMK, start_B, *, first_B=None, window=None, scale=None, softcap=None
+):
     """Returns attention [B, L, H, K] of L new tokens to a cache that already holds their own keys and values.
 
     The tokens of row b are at cache positions start_B[b] .. start_B[b] + L - 1 and see positions first_B[b] (0 unless
@@ -83,7 +88,7 @@ def attend_cached(query_BLHK, key_cache_BGMK, value_cache_BGMK, start_B, *, firs
     for start in range(0, length, _CACHED_ROWS):
         rows = slice(start, min(start + _CACHED_ROWS, length))
         seen_BLM = _seen_in_cache(position_BL[:, rows], cache_shape[2], first_B, window)
-        outputs.append(_attend_rows(query_BGRLK[:, :, :, rows], key_cache_BGMK, value_cache_BGMK, seen_BLM))
+        outputs.append(_attend_rows(query_BGRLK[:, :, :, rows], key_cache_BGMK, value_cache_BGMK, seen_BLM, softcap))
     output_BGRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_BGRLK.transpose(0, 3, 1, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
@@ -102,9 +107,10 @@ class _Call:
     platform: str
     compute_capability: str | None
     length_shards: int
+    has_softcap: bool
 
     @classmethod
-    def of(cls, query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, placement):
+    def of(cls, query_BLHK, key_BMGK, value_BMGK, is_causal, segments_BL, window, softcap, placement):
         """Returns the call of these arguments; ConfigError when they do not fit each other."""
         batch, length, heads, size = query_BLHK.shape
         key_length, groups = key_BMGK.shape[1:3]
@@ -134,6 +140,7 @@ class _Call:
             platform=placement.platform if placement is not None else jax.default_backend(),
             compute_capability=getattr(device, "compute_capability", None),
             length_shards=1 if placement is None or placement.mesh is None else placement.axis_size("length"),
+            has_softcap=softcap is not None,
         )
 
 
@@ -149,6 +156,8 @@ def _choose(implementation, call):
         raise ConfigError(f"attention implementation {implementation!r} is not one of {', '.join(IMPLEMENTATIONS)}.")
     if implementation == "auto":
         if call.length_shards > 1:
+            if call.has_softcap:
+                raise ConfigError("attention with a softcap can't be cut over the context axis: set mesh.context=1.")
             return "context"
         candidates = _PREFERRED.get(call.platform, ("xla",))
         return next((name for name in candidates if _refusal(name, call) is None), candidates[-1])
@@ -162,6 +171,8 @@ def _refusal(name, call):
     """Returns why the kernel can't run this call, as the rest of a sentence, or None when it can."""
     if call.length_shards > 1:
         return f"reads whole rows, and their length is cut over the {call.length_shards} shards of the context axis"
+    if name in ("cudnn", "xla") and call.has_softcap:
+        return "has no softcap of scores"
     if name == "cudnn":
         return _cudnn_refusal(call)
     if name == "splash":
@@ -207,12 +218,13 @@ def _visible(query_length, key_length, segments_BL, is_causal, window):
     return visible
 
 
-def _reference(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
+def _reference(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale, softcap=None):
     """Returns attention the naive way: every score in float32, hidden ones at a large negative number."""
     repeats = query_BLHK.shape[2] // key_BMGK.shape[2]
     query, key, value = (x.astype(jnp.float32) for x in (query_BLHK, key_BMGK, value_BMGK))
     key_BMHK, value_BMHK = (jnp.repeat(x, repeats, axis=2) for x in (key, value))
     scores_BHLM = jnp.einsum("BLHK,BMHK->BHLM", query, key_BMHK, precision=lax.Precision.HIGHEST) * scale
+    scores_BHLM = _capped(scores_BHLM, softcap)
     visible = _visible(query.shape[1], key.shape[1], segments_BL, is_causal, window)
     if visible is not None:
         scores_BHLM = jnp.where(visible, scores_BHLM, HIDDEN)
@@ -221,8 +233,8 @@ def _reference(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, wind
     return output.astype(query_BLHK.dtype)
 
 
-def _blocked(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
-    return blocked_attention(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale)
+def _blocked(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale, softcap=None):
+    return blocked_attention(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap)
 
 
 def _xla(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale):
@@ -255,14 +267,14 @@ def _cudnn(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, 
     )
 
 
-def _splash(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale, placement):
+def _splash(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window, scale, softcap, placement):
     """Returns attention by JAX's splash kernel, run on each device's own rows and heads."""
     mesh = placement.mesh if placement is not None else None
     query_BLHK = (query_BLHK * scale).astype(query_BLHK.dtype)
     operands = [query_BLHK, key_BMGK, value_BMGK] + ([] if segments_BL is None else [segments_BL])
 
     def local(query_BLHK, key_BMGK, value_BMGK, segments_BL=None):
-        kernel = _splash_kernel(query_BLHK.shape[2], query_BLHK.shape[1], key_BMGK.shape[1], is_causal, window)
+        kernel = _splash_kernel(query_BLHK.shape[2], query_BLHK.shape[1], key_BMGK.shape[1], is_causal, window, softcap)
         return _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL)
 
     if mesh is None or mesh.size == 1:
@@ -276,7 +288,7 @@ def _splash(query_BLHK, key_BMGK, value_BMGK, *, segments_BL, is_causal, window,
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=heads_spec, check_vma=False)(*operands)
 
 
-def _splash_kernel(heads, query_length, key_length, is_causal, window):
+def _splash_kernel(heads, query_length, key_length, is_causal, window, softcap):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -296,7 +308,9 @@ def _splash_kernel(heads, query_length, key_length, is_causal, window):
         block_q_dq=rows,
         block_kv_dq=keys,
     )
-    return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=tiles, head_shards=1, q_seq_shards=1)
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads), block_sizes=tiles, head_shards=1, q_seq_shards=1, attn_logits_soft_cap=softcap
+    )
 
 
 def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
@@ -324,9 +338,13 @@ def _seen_in_cache(position_BL, cache_length, first_B, window):
     return seen_BLM
 
 
-def _attend_rows(query_BGRLK, key_BGMK, value_BGMK, seen_BLM):
+def _capped(scores, softcap):
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _attend_rows(query_BGRLK, key_BGMK, value_BGMK, seen_BLM, softcap):
     """Returns attention [B, G, R, L, K] in float32, with full scores."""
     scores = jnp.einsum("BGRLK,BGMK->BGRLM", query_BGRLK, key_BGMK, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], scores, HIDDEN))
+    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], _capped(scores, softcap), HIDDEN))
     weights = weights.astype(value_BGMK.dtype)
     return jnp.einsum("BGRLM,BGMK->BGRLK", weights, value_BGMK, preferred_element_type=jnp.float32)

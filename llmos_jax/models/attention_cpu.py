@@ -22,22 +22,23 @@ _MOST_BLOCKS = 8
 _MOST_WINDOW_BLOCKS = 32
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def blocked_attention(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def blocked_attention(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap=None):
     """Returns attention [B, L, H, K] in the query's dtype; arithmetic is float32. Cost in memory: one block's scores.
 
     H is a multiple of G. `segments_BL` is int32 or None, `window` a number of keys or None (then `is_causal` is true);
-    L and M differ only without either. Differentiable once, in reverse.
+    L and M differ only without either. `softcap` c: scores s are c tanh(s / c). Differentiable once, in reverse.
     """
-    return _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale)[0]
+    return _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap)[0]
 
 
-def _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale):
+def _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap):
     query_BGRLK = _split(query_BLHK, key_BMGK, scale)
     key_BGMK, value_BGMK = _heads_first(key_BMGK), _heads_first(value_BMGK)
     outputs, logsumexps = [], []
     for rows, keys in _blocks(query_BLHK.shape[1], key_BMGK.shape[1], is_causal, window):
-        scores = _scores(query_BGRLK[:, :, :, rows], key_BGMK[:, :, keys], segments_BL, rows, keys, is_causal, window)
+        scores = _scores(query_BGRLK[:, :, :, rows], key_BGMK[:, :, keys], softcap)
+        scores = _masked(scores, segments_BL, rows, keys, is_causal, window)
         peak = scores.max(-1, keepdims=True)
         exponentials = jnp.exp(scores - peak)
         total = exponentials.sum(-1, keepdims=True)
@@ -47,12 +48,12 @@ def _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, s
     return output_BLHK, jnp.concatenate(logsumexps, 3)
 
 
-def _forward_keeping(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale):
-    output_BLHK, logsumexp = _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale)
+def _forward_keeping(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap):
+    output_BLHK, logsumexp = _forward(query_BLHK, key_BMGK, value_BMGK, segments_BL, is_causal, window, scale, softcap)
     return output_BLHK, (query_BLHK, key_BMGK, value_BMGK, segments_BL, output_BLHK, logsumexp)
 
 
-def _backward(is_causal, window, scale, kept, gradient_BLHK):
+def _backward(is_causal, window, scale, softcap, kept, gradient_BLHK):
     query_BLHK, key_BMGK, value_BMGK, segments_BL, output_BLHK, logsumexp = kept
     query, key, value = _split(query_BLHK, key_BMGK, scale), _heads_first(key_BMGK), _heads_first(value_BMGK)
     gradient = _split(gradient_BLHK, key_BMGK, 1.0)
@@ -63,9 +64,12 @@ def _backward(is_causal, window, scale, kept, gradient_BLHK):
     query_gradients, key_gradients, value_gradients = [], _Pieces(blocks), _Pieces(blocks)
     for rows, keys in blocks:
         row_query, row_gradient = query[:, :, :, rows], gradient[:, :, :, rows]
-        scores = _scores(row_query, key[:, :, keys], segments_BL, rows, keys, is_causal, window)
-        probabilities = jnp.exp(scores - logsumexp[:, :, :, rows])
+        scores = _scores(row_query, key[:, :, keys], softcap)
+        masked = _masked(scores, segments_BL, rows, keys, is_causal, window)
+        probabilities = jnp.exp(masked - logsumexp[:, :, :, rows])
         score_gradients = probabilities * (_dot(row_gradient, value[:, :, keys], 3) - row_sums[:, :, :, rows])
+        if softcap is not None:
+            score_gradients *= 1 - jnp.square(scores / softcap)  # the slope of c tanh(s / c)
         query_gradients.append(_dot(score_gradients, key[:, :, keys], 2) * scale)
         # Small dimension first: [B, G, K, keys] is what XLA:CPU multiplies fastest here.
         value_gradients.add(keys, _dot_rows(row_gradient, probabilities))
@@ -99,9 +103,14 @@ def _round_up(length):
     return -(-length // _BLOCK_ROWS) * _BLOCK_ROWS
 
 
-def _scores(query_BGRLK, key_BGMK, segments_BL, rows, keys, is_causal, window):
-    """Returns scores [B, G, R, rows, keys] with what the mask hides at `HIDDEN`; no mask is made where all is seen."""
+def _scores(query_BGRLK, key_BGMK, softcap):
+    """Returns scores [B, G, R, rows, keys]."""
     scores = _dot(query_BGRLK, key_BGMK, 3)
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _masked(scores, segments_BL, rows, keys, is_causal, window):
+    """Returns scores with what the mask hides at `HIDDEN`; no mask is made where all is seen."""
     if is_causal:
         query_position, key_position = np.arange(rows.start, rows.stop)[:, None], np.arange(keys.start, keys.stop)
         seen = key_position <= query_position

@@ -1,20 +1,23 @@
 """What decoder-only language models share: settings, pre-norm blocks, embedding, loss, logits, decoding with a cache.
 
-A family (`gpt.py`, `llama.py`) adds its parameters and what it makes of them: `Attention.project`, `Block.transform`, and how
-tokens and positions enter.
+A form (`gpt.py`, `llama.py`) adds its parameters and what it makes of them: `Attention.project`, `Block.transform`, and how
+tokens and positions enter. Families of published models are settings of a form.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import head, moe
 from llmos_jax.models.attention import IMPLEMENTATIONS, attend, attend_cached
-from llmos_jax.models.layers import dropout, fold_key, lookup, parameter, rotate
+from llmos_jax.models.layers import dropout, fold_key, lookup, parameter
+from llmos_jax.models.rope import rotate
 from llmos_jax.models.stack import EXECUTIONS, REMAT_POLICIES, Stack
 
 # GPT-2's initial standard deviation; residual projections are divided by sqrt(2 x layers).
@@ -38,6 +41,18 @@ class DecoderConfig:
     )
     attention: str = setting("auto", help="attention kernel; auto: by platform", choices=IMPLEMENTATIONS)
     window: int | None = setting(None, help="attend to this many latest tokens; none: all", at_least=1)
+    global_layers: tuple[int, ...] = setting((), help="layers (from 0) that attend to all tokens despite window", at_least=0)
+    norm_epsilon: float = setting(1e-5, help="added to the variance or mean square in norms", above=0.0)
+    experts: int = setting(0, help="routed MLPs per block (mixture of experts); 0: one dense MLP", at_least=0)
+    experts_per_token: int = setting(2, help="routed experts that see a token", at_least=1)
+    shared_experts: int = setting(0, help="experts beside the routed ones that see every token", at_least=0)
+    expert_mlp: int = setting(0, help="hidden width of one expert; 0: that of the dense MLP", at_least=0)
+    expert_capacity: float | None = setting(
+        None, help="tokens that an expert takes of a row, as a multiple of an equal share; none: all (dropless)", above=0.0
+    )
+    is_router_normalised: bool = setting(True, help="weights of a token's experts are divided by their sum, if several")
+    router_balance: float = setting(0.01, help="weight of the load-balance loss of each layer", at_least=0.0)
+    router_z_loss: float = setting(0.001, help="weight of the squared logsumexp of the router's logits", at_least=0.0)
     execution: str = setting("auto", help="blocks scanned or unrolled; auto: the faster", choices=EXECUTIONS)
     remat: str = setting("none", help="what the backward pass recomputes", choices=tuple(REMAT_POLICIES))
     z_loss: float = setting(0.0, help="weight of the squared logsumexp of the logits", at_least=0.0)
@@ -45,64 +60,127 @@ class DecoderConfig:
     def __post_init__(self):
         if self.remat != "none" and self.execution == "unroll":
             raise ConfigError("model.execution=unroll with model.remat: XLA merges the recomputation away; use scan.")
+        if self.global_layers and (self.window is None or max(self.global_layers) >= self.layers):
+            raise ConfigError(
+                f"model.global_layers={list(self.global_layers)} with model.window={self.window} and "
+                f"model.layers={self.layers}: they are exceptions to a window, numbered from 0."
+            )
+        if self.experts and self.experts_per_token > self.experts:
+            raise ConfigError(
+                f"model.experts_per_token={self.experts_per_token} is more than the model.experts={self.experts} there are."
+            )
+        if self.shared_experts and not self.experts:
+            raise ConfigError(
+                f"model.shared_experts={self.shared_experts} with model.experts=0: set model.experts, or widen model.mlp."
+            )
+
+    @property
+    def expert_hidden(self):
+        """Hidden width of one expert."""
+        return self.expert_mlp or self.hidden
+
+    @property
+    def windows(self):
+        """The window of each kind of layer, None: all tokens."""
+        return (self.window, None) if self.global_layers else (self.window,)
+
+    @property
+    def kinds(self):
+        """Which of `windows` each layer has; None where all have the first."""
+        return tuple(int(layer in self.global_layers) for layer in range(self.layers)) if self.global_layers else None
+
+    def attended(self, length):
+        """Returns how many tokens of a row of `length` the layers attend to, added up."""
+        windows = [self.windows[kind] for kind in self.kinds or (0,) * self.layers]
+        return sum(min(length, window or length) for window in windows)
 
 
 class Attention(nnx.Module):
-    """Self-attention around a family's `project(x) -> query, key, value` and `output`; [B, L, H or G, K] each."""
+    """Self-attention around a form's `project(x) -> query, key, value` and `output`; [B, L, H or G, K] each.
 
-    def __call__(self, x_BLD, segments_BL, rotation, placement):
-        """Returns attention of a row's tokens to each other; `rotation`: what `layers.rotate` takes, or None."""
-        projected = (placement.constrain(z, "batch", "length", "heads", None) for z in self.rotated(x_BLD, rotation))
-        query_BLHK, key_BLGK, value_BLGK = projected
-        mixed_BLHK = attend(
-            query_BLHK,
-            key_BLGK,
-            value_BLGK,
-            segments_BL=segments_BL,
-            window=self.window,
-            implementation=self.implementation,
-            placement=placement,
-        )
-        return self.output(mixed_BLHK)
+    A form calls `add_mask`. `kind` is a layer's index into the windows and rotations: a number, or an array where layers that
+    differ run as one (scanned, or stages of a pipeline).
+    """
 
-    def rotated(self, x_BLD, rotation):
-        """Returns query, key and value, the first two turned by their positions where the family does so."""
+    def add_mask(self, config, *, scale=None, softcap=None):
+        """Says what scores are made of: each kind's window, their scale (none: 1 / sqrt(K)) and softcap."""
+        self.windows, self.implementation, self.scale, self.softcap = config.windows, config.attention, scale, softcap
+
+    def __call__(self, x_BLD, segments_BL, rotations, placement, kind=0):
+        """Returns attention of a row's tokens to each other; `rotations`: what `rotate` takes for each kind, or None."""
+        projected = (placement.constrain(z, "batch", "length", "heads", None) for z in self.rotated(x_BLD, rotations, kind))
+
+        def attend_in(window):
+            return functools.partial(
+                attend,
+                segments_BL=segments_BL,
+                window=window,
+                scale=self.scale,
+                softcap=self.softcap,
+                implementation=self.implementation,
+                placement=placement,
+            )
+
+        if isinstance(kind, int):
+            return self.output(attend_in(self.windows[kind])(*projected))
+        return self.output(lax.switch(kind, [attend_in(window) for window in self.windows], *projected))
+
+    def rotated(self, x_BLD, rotations, kind=0):
+        """Returns query, key and value, the first two turned by their positions where the form does so."""
         query, key, value = self.project(x_BLD)
-        return (query, key, value) if rotation is None else (rotate(query, rotation), rotate(key, rotation), value)
+        if rotations is None:
+            return query, key, value
+        if isinstance(kind, int):
+            rotation = rotations[kind]
+        else:
+            rotation = jax.tree.map(lambda *of_kinds: lax.select_n(kind, *of_kinds), *rotations)
+        return rotate(query, rotation), rotate(key, rotation), value
+
+    def cached(self, query_BLHK, key_BGMK, value_BGMK, start_B, first_B, kind):
+        """Returns attention of new tokens to a cache (see `attend_cached`), before `output`."""
+        masks = dict(first_B=first_B, window=self.windows[kind], scale=self.scale, softcap=self.softcap)
+        return attend_cached(query_BLHK, key_BGMK, value_BGMK, start_B, **masks)
 
 
 class Block(nnx.Module):
     """Pre-norm transformer block: x + attention(norm(x)), then x + transform(norm(x)).
 
-    A family makes `attention_norm`, `attention`, `mlp_norm`, `dropout`, `placement`, `is_sparse` and the parameters of
-    `transform`, or `experts` in its place. With experts, input and output are (x, router statistics [B, R] summed over the
-    blocks so far): the router's losses leave the stack as the activations do, row by row.
+    A form makes `attention_norm`, `attention`, `mlp_norm`, `dropout`, `placement`, `is_sparse` and the parameters of
+    `transform`, or `experts` in its place; also `attention_post_norm` and `mlp_post_norm` where what is added is normalised.
+    With experts, input and output are (x, router statistics [B, R] summed over the blocks so far): the router's losses leave
+    the stack as the activations do, row by row.
     """
 
-    def __call__(self, x, context, key):
+    attention_post_norm = mlp_post_norm = None
+
+    def __call__(self, x, context, key, kind=0):
         x_BLD, router_BR = x if self.is_sparse else (x, None)
-        segments_BL, rotation = context
+        segments_BL, rotations = context
         normalised_BLD = _gather_positions(self.placement, self.attention_norm(x_BLD))
-        mixed = self.attention(normalised_BLD, segments_BL, rotation, self.placement)
-        x_BLD = residual(self.placement, x_BLD + dropout(mixed, self.dropout, fold_key(key, 0)))
+        mixed = self.attention(normalised_BLD, segments_BL, rotations, self.placement, kind)
+        x_BLD = self._add(x_BLD, mixed, self.attention_post_norm, fold_key(key, 0))
         if not self.is_sparse:
             return self._add_mlp(x_BLD, self.transform(_gather_positions(self.placement, self.mlp_norm(x_BLD))), key)
         mixed, of_block_BR = self.experts(self.mlp_norm(x_BLD), segments_BL)
         return self._add_mlp(x_BLD, mixed, key), router_BR + of_block_BR
 
     def _add_mlp(self, x_BLD, mixed_BLD, key=None):
-        return residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, fold_key(key, 1)))
+        return self._add(x_BLD, mixed_BLD, self.mlp_post_norm, fold_key(key, 1))
 
-    def decode(self, x_BLD, cache, start_B, first_B, rotation):
+    def _add(self, x_BLD, mixed_BLD, norm, key):
+        mixed_BLD = mixed_BLD if norm is None else norm(mixed_BLD)
+        return residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, key))
+
+    def decode(self, x_BLD, cache, start_B, first_B, rotations, kind=0):
         """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, G, M, K] each.
 
         Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token that
         is generated can't know.
         """
-        query, key, value = self.attention.rotated(self.attention_norm(x_BLD), rotation)
+        query, key, value = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
         cache = tuple(_write(old, new, start_B) for old, new in zip(cache, (key, value), strict=True))
-        mixed = attend_cached(query, *cache, start_B, first_B=first_B, window=self.attention.window)
-        x_BLD = x_BLD + self.attention.output(mixed)
+        mixed = self.attention.cached(query, *cache, start_B, first_B, kind)
+        x_BLD = self._add(x_BLD, self.attention.output(mixed), self.attention_post_norm, None)
         h_BLD = self.mlp_norm(x_BLD)
         mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self.transform(h_BLD)
         return self._add_mlp(x_BLD, mixed), cache
@@ -111,8 +189,10 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """A decoder-only language model. Calls are pure; parameters are float32, activations in `dtype`.
 
-    A family's `__init__` calls `add_embedding`, then makes its own parameters, then calls `add_stack`.
+    A form's `__init__` calls `add_embedding`, then makes its own parameters, then calls `add_stack`.
     """
+
+    logits_softcap = None
 
     def add_embedding(self, config, placement, *, rngs):
         """Makes the token embedding, and what a model knows of itself."""
@@ -131,20 +211,27 @@ class Decoder(nnx.Module):
             placement=self.placement,
             execution=config.execution,
             remat=config.remat,
+            kinds=config.kinds,
         )
 
     def embed(self, tokens_BL, positions_BL):
-        """Returns the embeddings of tokens, [B, L, D]; a family may add positions."""
+        """Returns the embeddings of tokens, [B, L, D]; a form may add positions."""
         return lookup(self.embedding[...], tokens_BL, self.placement, self.dtype)
 
-    def rotation(self, positions_BL):
-        """Returns what turns queries and keys by their positions (`layers.rotate`), or None."""
+    def rotations(self, positions_BL):
+        """Returns what turns queries and keys by their positions (`rope.rotate`), for each kind of layer; or None."""
         return None
 
     @property
     def head_weight(self):
-        """The head's weight [V, D]; the embedding, unless a family has its own."""
-        return self.embedding[...]
+        """The head's weight [V, D]; the embedding, unless the model has its own."""
+        return self.embedding[...] if self.config.is_tied else self.head[...]
+
+    def add_head(self, *, rngs):
+        """Makes the head's weight, where it is not the embedding."""
+        if not self.config.is_tied:
+            shape, normal = (self.config.vocab_size, self.config.width), jax.nn.initializers.normal(INITIAL_STDDEV)
+            self.head = parameter(rngs, shape, ("vocab", "embed"), normal, kind="embedding")
 
     def hidden(self, tokens_BL, positions_BL, segments_BL=None, key=None):
         """Returns the normalised last hidden states [B, L, D]; `key` turns dropout on.
@@ -156,7 +243,7 @@ class Decoder(nnx.Module):
     def _run(self, tokens_BL, positions_BL, segments_BL, key):
         """Returns (hidden states [B, L, D], router statistics [B, R] summed over blocks or None)."""
         x_BLD = dropout(self.embed(tokens_BL, positions_BL), self.config.dropout, fold_key(key, self.config.layers))
-        context, router_BR = (segments_BL, self.rotation(positions_BL)), None
+        context, router_BR = (segments_BL, self.rotations(positions_BL)), None
         if self.is_sparse:
             router_BR = jnp.zeros((x_BLD.shape[0], len(moe.ROUTER_STATISTICS)), jnp.float32)
             x_BLD, router_BR = self.stack((x_BLD, router_BR), context, key)
@@ -177,6 +264,7 @@ class Decoder(nnx.Module):
             batch["targets"],
             batch["weights"],
             z_loss=self.config.z_loss,
+            softcap=self.logits_softcap,
             placement=self.placement,
         )
         sums = {"nll": nll, "accuracy": correct}
@@ -190,7 +278,8 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BLD):
         """Returns the logits [B, L, V] of hidden states, float32."""
         weight_VD = self.head_weight.astype(hidden_BLD.dtype)
-        return jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
+        logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
+        return head.capped(logits_BLV, self.logits_softcap)
 
     def decode(self, tokens_BL, blocks, cache, start_B, first_B):
         """Returns (hidden [B, L, D], cache): L new tokens in cache slots start..start+L-1 of every row.
@@ -200,10 +289,10 @@ class Decoder(nnx.Module):
         """
         slots_BL = start_B[:, None] + jnp.arange(tokens_BL.shape[1])
         positions_BL = jnp.maximum(slots_BL - first_B[:, None], 0)
-        x_BLD, rotation = self.embed(tokens_BL, positions_BL), self.rotation(positions_BL)
-        written = []
-        for block, layer_cache in zip(blocks, cache, strict=True):
-            x_BLD, layer_cache = block.decode(x_BLD, layer_cache, start_B, first_B, rotation)
+        x_BLD, rotations = self.embed(tokens_BL, positions_BL), self.rotations(positions_BL)
+        written, kinds = [], self.config.kinds or (0,) * len(blocks)
+        for block, layer_cache, kind in zip(blocks, cache, kinds, strict=True):
+            x_BLD, layer_cache = block.decode(x_BLD, layer_cache, start_B, first_B, rotations, kind)
             written.append(layer_cache)
         return self.norm(x_BLD), written
 
@@ -215,6 +304,31 @@ def check_shards(placement, **sizes):
         if size % shards:
             over = "expert" if axis == "experts" else "model"
             raise ConfigError(f"model.{name}={size} is not divisible by mesh.{over}={shards}: change one of them.")
+
+
+def sizes_to_shard(config):
+    """Returns what `check_shards` takes of the MLP, dense or of experts."""
+    if config.experts:
+        return dict(experts=(config.experts, "experts"), expert_mlp=(config.expert_hidden, "mlp"))
+    return dict(mlp=(config.hidden, "mlp"))
+
+
+def make_experts(config, placement, *, is_gated, rngs):
+    """Returns the mixture of experts that the settings say."""
+    return moe.MixtureOfExperts(
+        config.width,
+        config.expert_hidden,
+        experts=config.experts,
+        per_token=config.experts_per_token,
+        shared=config.shared_experts,
+        capacity=config.expert_capacity,
+        is_gated=is_gated,
+        is_normalised=config.is_router_normalised,
+        stddev=INITIAL_STDDEV,
+        output_stddev=residual_stddev(config),
+        placement=placement,
+        rngs=rngs,
+    )
 
 
 def residual(placement, x_BLD):

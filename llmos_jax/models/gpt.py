@@ -18,28 +18,12 @@ class Config(decoder.DecoderConfig):
 
     name: str = setting("gpt", help="model family", choices=("gpt",))
     mlp: int = setting(0, help="hidden width of the MLP; 0: 4 x width", at_least=0)
-    experts: int = setting(0, help="routed MLPs per block (mixture of experts); 0: one dense MLP", at_least=0)
-    experts_per_token: int = setting(2, help="routed experts that see a token", at_least=1)
-    shared_experts: int = setting(0, help="experts beside the routed ones that see every token", at_least=0)
-    expert_mlp: int = setting(0, help="hidden width of one expert; 0: that of the dense MLP", at_least=0)
-    expert_capacity: float | None = setting(
-        None, help="tokens that an expert takes of a row, as a multiple of an equal share; none: all (dropless)", above=0.0
-    )
-    router_balance: float = setting(0.01, help="weight of the load-balance loss of each layer", at_least=0.0)
-    router_z_loss: float = setting(0.001, help="weight of the squared logsumexp of the router's logits", at_least=0.0)
+    is_tied: bool = setting(True, help="the head is the embedding")
 
     def __post_init__(self):
         super().__post_init__()
         if self.width % self.heads:
             raise ConfigError(f"model.width={self.width} is not divisible by model.heads={self.heads}.")
-        if self.experts and self.experts_per_token > self.experts:
-            raise ConfigError(
-                f"model.experts_per_token={self.experts_per_token} is more than the model.experts={self.experts} there are."
-            )
-        if self.shared_experts and not self.experts:
-            raise ConfigError(
-                f"model.shared_experts={self.shared_experts} with model.experts=0: set model.experts, or widen model.mlp."
-            )
 
     @property
     def head_size(self):
@@ -50,11 +34,6 @@ class Config(decoder.DecoderConfig):
     def hidden(self):
         """Hidden width of the MLP."""
         return self.mlp or 4 * self.width
-
-    @property
-    def expert_hidden(self):
-        """Hidden width of one expert."""
-        return self.expert_mlp or self.hidden
 
 
 class Attention(decoder.Attention):
@@ -78,7 +57,7 @@ class Attention(decoder.Attention):
             stddev=residual_stddev(config),
             rngs=rngs,
         )
-        self.window, self.implementation = config.window, config.attention
+        self.add_mask(config)
 
     def project(self, x_BLD):
         """Returns query, key and value, each [B, L, H, K]."""
@@ -90,12 +69,12 @@ class Block(decoder.Block):
     """A block whose MLP is down(gelu(up(x))), or a mixture of experts."""
 
     def __init__(self, config, placement, *, rngs):
-        self.attention_norm = LayerNorm(config.width, rngs=rngs)
+        self.attention_norm = LayerNorm(config.width, rngs=rngs, epsilon=config.norm_epsilon)
         self.attention = Attention(config, rngs=rngs)
-        self.mlp_norm = LayerNorm(config.width, rngs=rngs)
+        self.mlp_norm = LayerNorm(config.width, rngs=rngs, epsilon=config.norm_epsilon)
         self.is_sparse = config.experts > 0
         if self.is_sparse:
-            self.experts = _experts(config, placement, rngs)
+            self.experts = decoder.make_experts(config, placement, is_gated=False, rngs=rngs)
         else:
             axes = (("embed",), ("mlp",))
             self.up = Linear((config.width,), (config.hidden,), *axes, stddev=INITIAL_STDDEV, rngs=rngs)
@@ -108,14 +87,15 @@ class Block(decoder.Block):
 
 
 class GPT(decoder.Decoder):
-    """A decoder with learned positions and a tied head."""
+    """A decoder with learned positions and, unless it is tied, a head of its own."""
 
     def __init__(self, config, placement, *, rngs):
         self.add_embedding(config, placement, rngs=rngs)
         normal = jax.nn.initializers.normal(INITIAL_STDDEV)
         self.positions = parameter(rngs, (config.context, config.width), ("positions", "embed"), normal, kind="embedding")
         self.add_stack(lambda rngs: Block(config, placement, rngs=rngs), is_sparse=config.experts > 0, rngs=rngs)
-        self.norm = LayerNorm(config.width, rngs=rngs)
+        self.norm = LayerNorm(config.width, rngs=rngs, epsilon=config.norm_epsilon)
+        self.add_head(rngs=rngs)
 
     def embed(self, tokens_BL, positions_BL):
         """Returns the embeddings of tokens at their positions, [B, L, D]."""
@@ -133,12 +113,7 @@ def build(config, placement, *, rngs):
 
     Raises ConfigError when heads or mlp can't be laid over the model axis, or experts over theirs.
     """
-    sizes = dict(heads=(config.heads, "heads"))
-    if config.experts:
-        sizes |= dict(experts=(config.experts, "experts"), expert_mlp=(config.expert_hidden, "mlp"))
-    else:
-        sizes |= dict(mlp=(config.hidden, "mlp"))
-    decoder.check_shards(placement, **sizes)
+    decoder.check_shards(placement, heads=(config.heads, "heads"), **decoder.sizes_to_shard(config))
     return GPT(config, placement, rngs=rngs)
 
 
@@ -148,13 +123,14 @@ def cache_shapes(config, rows, length):
 
 
 def parameter_count(config):
-    """Returns the number of parameters (the tied head is counted once)."""
+    """Returns the number of parameters (a tied head is counted once)."""
     width, hidden = config.width, config.hidden
     mlp = 2 * width * hidden + hidden + width
     if config.experts:
-        mlp = moe.parameter_count(width, config.expert_hidden, config.experts, config.shared_experts)
+        mlp = moe.parameter_count(config)
     block = 4 * width * width + 4 * width + mlp + 4 * width
-    return config.layers * block + (config.vocab_size + config.context) * width + 2 * width
+    embeddings = config.vocab_size * (1 if config.is_tied else 2) + config.context
+    return config.layers * block + embeddings * width + 2 * width
 
 
 def flops_per_token(config, length):
@@ -166,23 +142,29 @@ def flops_per_token(config, length):
     """
     mlp = 2 * config.width * config.hidden
     if config.experts:
-        mlp = moe.active_weights(
-            config.width, config.expert_hidden, config.experts, config.experts_per_token, config.shared_experts
-        )
+        mlp = moe.active_weights(config)
     weights = config.layers * (4 * config.width**2 + mlp) + config.vocab_size * config.width
-    return 6 * weights + 12 * config.layers * config.width * min(length, config.window or length)
+    return 6 * weights + 12 * config.width * config.attended(length)
 
 
-def _experts(config, placement, rngs):
-    return moe.MixtureOfExperts(
-        config.width,
-        config.expert_hidden,
-        experts=config.experts,
-        per_token=config.experts_per_token,
-        shared=config.shared_experts,
-        capacity=config.expert_capacity,
-        stddev=INITIAL_STDDEV,
-        output_stddev=residual_stddev(config),
-        placement=placement,
-        rngs=rngs,
-    )
+# Where each parameter lies in a Hugging Face file, and how: see `interop/layout.py`. GPT-2's matrices are [in, out] there.
+_HERE, _THERE = "stack/blocks/", "transformer.h.{n}."
+HF_NAMES = {
+    "embedding": {"transformer.wte.weight": "V,D -> VD"},
+    "positions": {"transformer.wpe.weight": "P,D -> PD"},
+    "head": {"lm_head.weight": "V,D -> VD"},
+    "norm/scale": {"transformer.ln_f.weight": "D -> D"},
+    "norm/bias": {"transformer.ln_f.bias": "D -> D"},
+    f"{_HERE}attention_norm/scale": {f"{_THERE}ln_1.weight": "D -> D"},
+    f"{_HERE}attention_norm/bias": {f"{_THERE}ln_1.bias": "D -> D"},
+    f"{_HERE}attention/qkv/weight": {f"{_THERE}attn.c_attn.weight": "D,3HK -> DH3K"},
+    f"{_HERE}attention/qkv/bias": {f"{_THERE}attn.c_attn.bias": "3HK -> H3K"},
+    f"{_HERE}attention/output/weight": {f"{_THERE}attn.c_proj.weight": "HK,D -> HKD"},
+    f"{_HERE}attention/output/bias": {f"{_THERE}attn.c_proj.bias": "D -> D"},
+    f"{_HERE}mlp_norm/scale": {f"{_THERE}ln_2.weight": "D -> D"},
+    f"{_HERE}mlp_norm/bias": {f"{_THERE}ln_2.bias": "D -> D"},
+    f"{_HERE}up/weight": {f"{_THERE}mlp.c_fc.weight": "D,F -> DF"},
+    f"{_HERE}up/bias": {f"{_THERE}mlp.c_fc.bias": "F -> F"},
+    f"{_HERE}down/weight": {f"{_THERE}mlp.c_proj.weight": "F,D -> FD"},
+    f"{_HERE}down/bias": {f"{_THERE}mlp.c_proj.bias": "D -> D"},
+}

@@ -24,8 +24,8 @@ def chunk_length(rows, length, vocab_size, shards=1, length_shards=1):
     return length_shards * next(size for size in range(min(fits, local), 0, -1) if local % size == 0)
 
 
-def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, placement=None, chunk=None):
-    """Returns (loss_sum, nll_sum, correct_sum), float32 scalars, of the logits `hidden @ weight.T`.
+def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, softcap=None, placement=None, chunk=None):
+    """Returns (loss_sum, nll_sum, correct_sum), float32 scalars, of the logits `hidden @ weight.T`, capped (`capped`).
 
     nll_sum is the weighted sum of negative log-likelihoods in nats; loss_sum adds `z_loss` x logsumexp^2 (Chowdhery et
     al. 2022, section 5); correct_sum is the weight of positions whose target has the largest logit. Only loss_sum has a
@@ -38,31 +38,38 @@ def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, 
     if chunk is None:
         shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
         chunk = chunk_length(rows, length, weight_VD.shape[0], shards, _length_shards(length, placement))
-    return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk)
+    return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, softcap, placement, chunk)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+def capped(logits, softcap):
+    """Returns softcap x tanh(logits / softcap) (Gemma Team 2024, Gemma 2, section 2); the logits themselves without."""
+    return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
+def _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, softcap, placement, chunk):
     weight_VD = _laid(placement, weight_VD, "vocab", None)
 
     def add(sums, piece):
         piece = _gathered(piece, placement)
-        _, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, placement)
+        _, logits, exponentials, total, lse = _softmax_parts(piece, weight_VD, softcap, placement)
         return jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement)), None
 
     return _over_chunks(add, (jnp.float32(0),) * 3, (hidden_BLD, targets_BL, weights_BL), chunk, placement)[0]
 
 
-def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, chunk):
+def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, softcap, placement, chunk):
     gathered_VD = _laid(placement, weight_VD, "vocab", None)  # what FSDP shards: once, not for every chunk
 
     def add(carry, piece):
         sums, dweight_VD = carry
         hidden_BCD, targets_BC, weights_BC = piece = _gathered(piece, placement)
-        columns, logits, exponentials, total, lse = _softmax_parts(piece, gathered_VD, placement)
+        columns, logits, exponentials, total, lse = _softmax_parts(piece, gathered_VD, softcap, placement)
         sums = jax.tree.map(jnp.add, sums, _sums(logits, lse, piece, z_loss, placement))
         scale = weights_BC[..., None] * (1 + 2 * z_loss * lse) / total
         dlogits = exponentials * scale - jnp.where(columns == targets_BC[..., None], weights_BC[..., None], 0)
+        if softcap is not None:
+            dlogits *= 1 - jnp.square(logits / softcap)  # the slope of c tanh(z / c)
         dlogits = dlogits.astype(hidden_BCD.dtype)
         # The head is `hidden @ weight.T`; its gradient in the weight takes the same platform-aware form as a Linear's.
         _, pullback = jax.vjp(lambda h, w: matmul(h, w.T), hidden_BCD, gathered_VD)
@@ -75,7 +82,7 @@ def _forward(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, placement, c
     return sums, (dhidden_BLD, dweight_VD.astype(weight_VD.dtype))
 
 
-def _backward(z_loss, placement, chunk, residuals, cotangents):
+def _backward(z_loss, softcap, placement, chunk, residuals, cotangents):
     dhidden_BLD, dweight_VD = residuals
     scale = cotangents[0]
     return dhidden_BLD * scale.astype(dhidden_BLD.dtype), dweight_VD * scale.astype(dweight_VD.dtype), None, None
@@ -94,9 +101,10 @@ def _gathered(piece, placement):
     return _laid(placement, hidden_BCD, "batch", "length", None), *rest
 
 
-def _softmax_parts(piece, weight_VD, placement):
+def _softmax_parts(piece, weight_VD, softcap, placement):
     hidden_BCD = piece[0]
     logits = jnp.einsum("BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32)
+    logits = capped(logits, softcap)
     logits = _laid(placement, logits, "batch", "length", "vocab")
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
     largest = logits.max(-1, keepdims=True)

@@ -1,22 +1,17 @@
-"""Layers shared by every model family: linear maps, norms, activations, rotary positions, dropout.
+"""Layers shared by every model family: linear maps, norms, activations, dropout.
 
 Parameters carry the logical axes of their dimensions as metadata (`axes`), which `compute/sharding.py` turns into a
 layout. Parameters are float32; layers compute in the dtype of their input. Several backward passes are written by hand
 because the automatic ones keep more activations, or on XLA:CPU miss the fast matrix library.
 """
 
-import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
-
-from llmos_jax.config import setting
-from llmos_jax.errors import ConfigError
 
 
 def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
@@ -100,14 +95,19 @@ class LayerNorm(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Division by the root mean square of the last dimension (Zhang & Sennrich 2019), statistics in float32."""
+    """Division by the root mean square of the last dimension (Zhang & Sennrich 2019), statistics in float32.
 
-    def __init__(self, size, *, rngs, epsilon=1e-5):
-        self.scale = parameter(rngs, (size,), ("norm",), jax.nn.initializers.ones)
-        self.epsilon = epsilon
+    is_centered: the parameter is what is added to a scale of one, so that weight decay pulls towards that (as in Gemma).
+    """
+
+    def __init__(self, size, *, rngs, epsilon=1e-5, is_centered=False):
+        initial = jax.nn.initializers.zeros if is_centered else jax.nn.initializers.ones
+        self.scale = parameter(rngs, (size,), ("norm",), initial)
+        self.epsilon, self.is_centered = epsilon, is_centered
 
     def __call__(self, x):
-        return rms_norm(x, self.scale[...], self.epsilon)
+        scale = self.scale[...].astype(jnp.float32)
+        return rms_norm(x, 1 + scale if self.is_centered else scale, self.epsilon)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -254,45 +254,17 @@ def _swiglu_backward(x, g):
 swiglu.defvjp(lambda x: (swiglu(x), x), _swiglu_backward)
 
 
-@dataclasses.dataclass(frozen=True)
-class RopeConfig:
-    """Rotary positions (Su et al. 2021): base of the wave lengths, and how they are stretched beyond the trained context.
-
-    linear: every wave `factor` times as long (Chen et al. 2023). llama3: waves longer than `original_context / low_factor`
-    are, those shorter than `original_context / high_factor` are not, those between in part (Dubey et al. 2024).
-    """
-
-    base: float = setting(10_000.0, help="the longest wave is about this many positions x 2 pi", above=1.0)
-    scaling: str = setting("none", help="stretching of wave lengths", choices=("none", "linear", "llama3"))
-    factor: float = setting(8.0, help="of the stretching", at_least=1.0)
-    low_factor: float = setting(1.0, help="llama3: waves of the original context / this and longer are stretched", above=0.0)
-    high_factor: float = setting(4.0, help="llama3: waves of the original context / this and shorter are not", above=0.0)
-    original_context: int = setting(8192, help="llama3: context before the stretching, tokens", at_least=1)
-
-    def __post_init__(self):
-        if self.low_factor >= self.high_factor:
-            raise ConfigError(f"rope.low_factor={self.low_factor} must be below rope.high_factor={self.high_factor}.")
+@jax.custom_vjp
+def geglu(x):
+    """Returns gelu(x[..., 0, :]) * x[..., 1, :] (Shazeer 2020), GELU in its tanh form; keeps only x for the backward pass."""
+    return jax.nn.gelu(x[..., 0, :], approximate=True) * x[..., 1, :]
 
 
-def rope_frequencies(config, head_size):
-    """Returns the angle per position of each pair of a head's features, float64 [K / 2]."""
-    frequencies = config.base ** (-np.arange(0, head_size, 2) / head_size)
-    if config.scaling == "linear":
-        return frequencies / config.factor
-    if config.scaling == "llama3":
-        waves_in_context = config.original_context * frequencies / (2 * np.pi)
-        kept = (waves_in_context - config.low_factor) / (config.high_factor - config.low_factor)
-        kept = np.clip(kept, 0.0, 1.0)
-        return frequencies * (kept + (1 - kept) / config.factor)
-    return frequencies
+def _geglu_backward(x, g):
+    return jax.vjp(lambda x: gelu(x[..., 0, :]) * x[..., 1, :], x)[1](g)
 
 
-def rotate(x_BLHK, rotation):
-    """Returns x with the pairs (k, k + K / 2) of every head's features turned by `rotation` = (cosine, sine) [B, L, K / 2]."""
-    cosine, sine = (part[:, :, None] for part in rotation)
-    first, second = jnp.split(x_BLHK.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([first * cosine - second * sine, second * cosine + first * sine], -1)
-    return turned.astype(x_BLHK.dtype)
+geglu.defvjp(lambda x: (geglu(x), x), _geglu_backward)
 
 
 def dropout(x, rate, key):

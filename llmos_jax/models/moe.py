@@ -35,13 +35,13 @@ class MixtureOfExperts(nnx.Module):
 
     capacity: None is dropless; a number c lets every expert take at most ceil(c x L x per_token / experts) copies of a row
     of L tokens: the first choices of all tokens before the second ones, in the order of positions. is_gated: SwiGLU in place of
-    GELU (Shazeer 2020). The experts have no biases, as in Switch, Mixtral and DeepSeek. Raises ConfigError when the mesh's
-    rules lay experts where tokens can't be exchanged.
+    GELU (Shazeer 2020). is_normalised: see `route`. The experts have no biases, as in Switch, Mixtral and DeepSeek. Raises
+    ConfigError when the mesh's rules lay experts where tokens can't be exchanged.
     """
 
     def __init__(
         self, width, hidden, *, experts, per_token, stddev, output_stddev, placement, rngs,
-        shared=0, capacity=None, is_gated=False,
+        shared=0, capacity=None, is_gated=False, is_normalised=True,
     ):  # fmt: skip
         _check_rules(placement)
         normal, out = jax.nn.initializers.normal(stddev), jax.nn.initializers.normal(output_stddev)
@@ -52,6 +52,7 @@ class MixtureOfExperts(nnx.Module):
         self.down = parameter(rngs, (experts, hidden, width), down, out, kind="matrix", inputs=1)
         self.shared = Shared(width, shared * hidden, is_gated, stddev, output_stddev, placement, rngs) if shared else None
         self.experts, self.per_token, self.capacity = experts, per_token, capacity
+        self.is_normalised = is_normalised
         self.placement = placement
 
     def __call__(self, x_BLD, segments_BL=None, *, is_dropless=False):
@@ -62,7 +63,7 @@ class MixtureOfExperts(nnx.Module):
         """
         is_real_BL = jnp.ones(x_BLD.shape[:2], bool) if segments_BL is None else segments_BL > 0
         logits_BLE = router_logits(x_BLD, self.router[...])
-        gates_BLJ, chosen_BLJ = route(logits_BLE, self.per_token, is_real_BL)
+        gates_BLJ, chosen_BLJ = route(logits_BLE, self.per_token, is_real_BL, self.is_normalised)
         kept_BLJ, capacity = chosen_BLJ, None
         if self.capacity is not None and not is_dropless:
             capacity = math.ceil(self.capacity * x_BLD.shape[1] * self.per_token / self.experts)
@@ -97,15 +98,18 @@ class Shared(nnx.Module):
         return self.down(hidden_BLF)
 
 
-def parameter_count(width, hidden, experts, shared=0):
-    """Returns the number of parameters of a layer with GELU."""
-    of_shared = 2 * width * shared * hidden + shared * hidden + width if shared else 0
-    return width * experts + experts * 2 * width * hidden + of_shared
+def parameter_count(config, *, is_gated=False):
+    """Returns the number of parameters of a layer, of a DecoderConfig's `width`, `experts`, `expert_hidden` ..."""
+    matrices, width, hidden = 3 if is_gated else 2, config.width, config.expert_hidden
+    shared = config.shared_experts * hidden
+    of_shared = matrices * width * shared + (matrices - 1) * shared + width if shared else 0
+    return width * config.experts + config.experts * matrices * width * hidden + of_shared
 
 
-def active_weights(width, hidden, experts, per_token, shared=0):
-    """Returns how many weights a token is multiplied with in a layer with GELU: what its FLOPs are counted from."""
-    return width * experts + (per_token + shared) * 2 * width * hidden
+def active_weights(config, *, is_gated=False):
+    """Returns how many weights a token is multiplied with in a layer: what its FLOPs are counted from."""
+    seen = config.experts_per_token + config.shared_experts
+    return config.width * config.experts + seen * (3 if is_gated else 2) * config.width * config.expert_hidden
 
 
 # ---- The router.
@@ -117,14 +121,14 @@ def router_logits(x_BLD, weight_DE):
     return jnp.einsum("BLD,DE->BLE", x_BLD, weight_DE, precision=lax.Precision.HIGHEST)
 
 
-def route(logits_BLE, per_token, is_real_BL):
+def route(logits_BLE, per_token, is_real_BL, is_normalised=True):
     """Returns (gates [B, L, J], experts [B, L, J]): the J most probable experts of each token, the first choice first.
 
-    Gates are the chosen experts' probabilities over their sum; one alone keeps its probability (Switch), else the router
-    would have no gradient. Tokens that aren't real choose expert E, which doesn't exist.
+    Gates are the chosen experts' probabilities, over their sum if `is_normalised`; one alone keeps its probability (Switch),
+    else the router would have no gradient. Tokens that aren't real choose expert E, which doesn't exist.
     """
     gates_BLJ, chosen_BLJ = lax.top_k(jax.nn.softmax(logits_BLE), per_token)
-    if per_token > 1:
+    if is_normalised and per_token > 1:
         gates_BLJ = gates_BLJ / gates_BLJ.sum(-1, keepdims=True)
     return gates_BLJ, jnp.where(is_real_BL[..., None], chosen_BLJ, logits_BLE.shape[-1])
 

@@ -31,9 +31,12 @@ class Stack(nnx.Module):
     x: a tree of arrays with rows leading. Every parameter of the block gets a leading dimension `count` with the logical
     axis `layers`. Rematerialisation is applied inside a scan, where XLA can't merge the recomputation away. On a mesh with
     pipeline stages the blocks run as the placement's schedule says, and are stored in `order` (the layer at each position).
+
+    kinds: a number for each layer, where blocks with the same parameters compute in several ways; a block is then called as
+    `block(x, context, key, kind)`. The kind is an int where blocks are unrolled, else an array of one int32.
     """
 
-    def __init__(self, make_block, count, *, rngs, placement=None, execution="auto", remat="none"):
+    def __init__(self, make_block, count, *, rngs, placement=None, execution="auto", remat="none", kinds=None):
         def parameters(key):
             return nnx.state(make_block(nnx.Rngs(params=key)))
 
@@ -44,7 +47,7 @@ class Stack(nnx.Module):
         stacked = jax.vmap(parameters)(keys[jnp.array(self.order)] if self.plan else keys)
         self.blocks = nnx.merge(graphdef, jax.tree.map(_with_layers_axis, stacked, is_leaf=_is_parameter))
         self.count = count
-        self.execution, self.remat = execution, remat
+        self.execution, self.remat, self.kinds = execution, remat, kinds
         self.replacement = None
 
     def __call__(self, x, context, key=None):
@@ -67,17 +70,24 @@ class Stack(nnx.Module):
         graphdef, count = nnx.graphdef(self.blocks), jax.tree.leaves(layers)[0].shape[0]
 
         def run(x, layer):
-            parameters, index = layer
-            return nnx.merge(graphdef, parameters)(x, context, fold_key(key, index))
+            parameters, index, *kind = layer
+            return nnx.merge(graphdef, parameters)(x, context, fold_key(key, index), *kind)
 
         is_scanned = self.execution == "scan" or (self.execution == "auto" and count >= SCAN_FROM_LAYERS)
         if not is_scanned and self.remat == "none":
             for index, parameters in enumerate(unstack(layers, count)):
-                x = run(x, (parameters, first + index))
+                x = run(x, (parameters, first + index, *self._kind(first + index)))
             return x
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat])
-        return lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, first + jnp.arange(count)))[0]
+        indices = first + jnp.arange(count)
+        return lax.scan(lambda x, layer: (run(x, layer), None), x, (layers, indices, *self._kind(indices)))[0]
+
+    def _kind(self, index):
+        """Returns what the blocks are called with beside the rest: () or (kind,)."""
+        if self.kinds is None:
+            return ()
+        return (self.kinds[index] if isinstance(index, int) else jnp.asarray(self.kinds, jnp.int32)[index],)
 
     def bind(self, layers):
         """Returns the blocks in order as modules with the parameters of `layers` (see `unstack`): how a model is served."""

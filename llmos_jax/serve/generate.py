@@ -38,7 +38,7 @@ class Generator:
         self._steps = {}
 
     def generate(self, params, prompts, sampling, on_text=lambda row, text: None):
-        """Returns one Generation per prompt; `on_text(row, text)` is called with every piece as it appears.
+        """Returns one Generation per prompt (text, or its tokens); `on_text(row, text)` is called with every piece of text.
 
         Every row draws from its own random stream, so a prompt's continuation does not depend on its neighbours. Raises
         ConfigError when a prompt does not fit the model's context.
@@ -91,8 +91,7 @@ class Generator:
         return choose(logits_BV, keys_B, sampling), cache
 
     def _prompt(self, text, index):
-        # Documents begin with the end-of-text token in training, so a prompt does too.
-        ids = [self.tokenizer.end_id, *self.tokenizer.encode(text)]
+        ids = self.tokenizer.prompt(text).tolist() if isinstance(text, str) else [int(token) for token in text]
         if len(ids) >= self.config.context:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens; the model's context is {self.config.context}: shorten the prompt."
@@ -104,14 +103,14 @@ class _Row:
     """Turns the tokens of one row into text, holding back what may become a stop text."""
 
     def __init__(self, tokenizer, sampling, on_text, index):
-        self.decoder, self.end_id = tokenizer.stream_decoder(), tokenizer.end_id
+        self.decoder, self.end_ids = tokenizer.stream_decoder(), tokenizer.end_ids
         self.sampling, self.on_text, self.index = sampling, on_text, index
         self.tokens, self.text, self.shown, self.reason = [], "", 0, ""
 
     def push(self, token, is_full):
         if self.reason:
             return
-        if token == self.end_id:
+        if token in self.end_ids:
             self.reason = "end"
             return
         self.tokens.append(token)

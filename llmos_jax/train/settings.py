@@ -29,7 +29,7 @@ class TrainConfig:
         None, help="steps between comparisons of the devices' copies of the state, also before saves; none: never", at_least=1
     )
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
-    init_from: str | None = setting(None, help="run directory whose parameters are the start")
+    init_from: str | None = setting(None, help="run directory, or hf:FOLDER, whose parameters are the start")
     compiler_options: dict[str, str] = setting({}, help="of XLA, over those that compute/xla.py has for the device; none: not")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
 

@@ -12,7 +12,7 @@ import numpy as np
 from llmos_jax.config import setting
 from llmos_jax.data.clean.repeats import ngram_hashes
 from llmos_jax.data.clean.steps import Filter, Global, register
-from llmos_jax.data.clean.words import mixed, words_of
+from llmos_jax.data.clean.words import folded_words_of, mixed
 from llmos_jax.errors import ConfigError
 
 _EDGE = np.dtype([("document", np.int64), ("kept", np.int64)])
@@ -144,13 +144,13 @@ class MinhashDuplicates(_Duplicates):
 
     def shingles(self, texts):
         """Returns (hashes of n-grams, borders uint64 [c + 1], numbers of the c documents that have words)."""
-        words = words_of(texts)
+        words = folded_words_of(texts)
         real = np.flatnonzero(~words.is_sign)
         borders = np.searchsorted(real, words.first)
         counts = np.diff(borders)
         chosen = np.flatnonzero(counts)
         n = np.minimum(counts[chosen], self.ngram)
-        folded = words.folded[real]
+        folded = words.hashes[real]
         sizes = counts[chosen] - n + 1
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         start = np.repeat(borders[chosen] - offsets[:-1], sizes) + np.arange(offsets[-1])

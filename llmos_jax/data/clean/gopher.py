@@ -48,7 +48,10 @@ class GopherQuality(Filter):
         words, lines = words_of(texts), lines_of(texts)
         counts, line_counts = np.diff(words.first), np.diff(lines.first)
         real = words.totals(~words.is_sign)
-        found = [words.totals(words.hashes == hash_of(word)) > 0 for word in self.stop_words]
+        found = np.zeros((len(self.stop_words), len(texts)), bool)
+        for row, word in zip(found, self.stop_words, strict=True):
+            places = np.flatnonzero(words.hashes == hash_of(word))
+            row[np.searchsorted(words.first, places, side="right") - 1] = True
         hashes = np.array([text.count("#") for text in texts], np.int32)
         dots = np.array([text.count("...") + text.count("…") for text in texts], np.int32)
         return {
@@ -59,7 +62,7 @@ class GopherQuality(Filter):
             "bullet_lines": ratio(lines.totals(lines.has_bullet), line_counts),
             "ellipsis_lines": ratio(lines.totals(lines.has_ellipsis), line_counts),
             "letter_words": ratio(words.totals(words.has_letter), counts),
-            "stop_words": np.sum(found, axis=0, dtype=np.int32) if found else np.zeros(len(texts), np.int32),
+            "stop_words": found.sum(axis=0, dtype=np.int32),
         }
 
     def decide(self, attributes):

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 
-from llmos_jax.data.clean.words import OfTexts, code_points, every_character, prefix_sums, stretch_hashes
+from llmos_jax.data.clean.words import OfTexts, characters_that, code_points, prefix_sums, stretch_hashes
 
 # Unicode's property Sentence_Terminal, in ranges: what ends a sentence in any script.
 _TERMINAL_RANGES = (
@@ -67,7 +67,7 @@ def terminals():
 @functools.cache
 def _flags_table():
     flags = np.zeros(0x110000, np.uint8)
-    flags[np.strings.isspace(every_character())] = _SPACE
+    flags[characters_that(np.strings.isspace)] = _SPACE
     sets = ((terminals(), _TERMINAL), ("\"'", _QUOTE), ("\"')]}”’»", _CLOSING), ("•-", _BULLET), (".", _DOT), ("…", _ELLIPSIS))
     for characters, flag in sets:
         flags[[ord(c) for c in characters]] |= flag

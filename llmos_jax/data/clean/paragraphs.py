@@ -1,4 +1,4 @@
-"""Removal of text that other documents have as well: paragraphs, lines or sentences, wherever they stand.
+"""Removal of text that other documents have as well: paragraphs, lines, sentences or passages, wherever they stand.
 
 Exact, by hashes met on disk, not by a Bloom filter: that one keeps whichever copy it sees first, so that what is removed would
 depend on the order of shards and on the number of workers, and it removes a share of unique text by mistake. The price
@@ -7,6 +7,7 @@ is 24 bytes on disk for each paragraph.
 
 import dataclasses
 import re
+import zlib
 
 import numpy as np
 
@@ -20,6 +21,9 @@ _BORDERS = {
     "line": re.compile(r"(\n+)"),
     "sentence": re.compile(r"((?:(?<=[.!?])[ \t]+|\n+|(?<=[。！？])))"),
 }
+_BLANKS = re.compile(r"(\s+)")
+# One word in so many ends a passage, on average.
+_PASSAGE_WORDS = 32
 _RECORD = np.dtype([("hash", np.uint64), ("document", np.int64), ("place", np.int32)])
 _FINDING = np.dtype([("document", np.int64), ("place", np.int32)])
 
@@ -30,7 +34,7 @@ class RepeatedParagraphs(Global, Transform):
     """Cuts out all but the first copies of paragraphs that stand in many places of a corpus: licences, menus, boilerplate."""
 
     step: str = setting("repeated_paragraphs", help="step", choices=("repeated_paragraphs",))
-    unit: str = setting("paragraph", help="what is compared and cut out", choices=tuple(_BORDERS))
+    unit: str = setting("paragraph", help="what is compared and cut out", choices=(*_BORDERS, "passage"))
     min_characters: int = setting(80, help="shorter ones are left alone", at_least=1)
     copies: int = setting(1, help="how many stay, the first ones", at_least=1)
 
@@ -38,7 +42,7 @@ class RepeatedParagraphs(Global, Transform):
         """Returns a record for each unit that is long enough: its hash, document and place."""
         places, texts, owners = [], [], []
         for number, text in enumerate(documents.texts):
-            for place, part in enumerate(_BORDERS[self.unit].split(text)[::2]):
+            for place, part in enumerate(split(text, self.unit)[::2]):
                 if len(part) >= self.min_characters:
                     places.append(place)
                     texts.append(part)
@@ -70,7 +74,7 @@ class RepeatedParagraphs(Global, Transform):
         borders = np.concatenate([[0], np.cumsum(counts)])
         for number in np.flatnonzero(counts):
             cut = set(findings["place"][borders[number] : borders[number + 1]].tolist())
-            parts = _BORDERS[self.unit].split(texts[number])
+            parts = split(texts[number], self.unit)
             kept = [
                 part + "".join(parts[2 * place + 1 : 2 * place + 2])
                 for place, part in enumerate(parts[::2])
@@ -79,3 +83,18 @@ class RepeatedParagraphs(Global, Transform):
             removed[number] = "\n".join(part for place, part in enumerate(parts[::2]) if place in cut)
             texts[number] = "".join(kept).lstrip("\n").rstrip()
         return texts, {"repeats": counts}, removed
+
+
+def split(text, unit):
+    """Returns a text in pieces: units at even places, what parts them at odd ones.
+
+    A passage ends at a word that its hash chooses, so that what is copied falls into the same passages wherever it is put.
+    """
+    if unit != "passage":
+        return _BORDERS[unit].split(text)
+    words, pieces, start = _BLANKS.split(text), [], 0
+    for place in range(0, len(words) - 1, 2):
+        if zlib.crc32(words[place].lower().encode("utf-8", "surrogatepass")) % _PASSAGE_WORDS == 0:
+            pieces += ["".join(words[start : place + 1]), words[place + 1]]
+            start = place + 2
+    return [*pieces, "".join(words[start:])]

@@ -45,14 +45,13 @@ class Words:
     """Words of n documents, W in all, in order.
 
     first: [n + 1], document d has the words first[d] .. first[d + 1].
-    lengths: int32 [W], characters. hashes, folded: uint64 [W], of the word and of its lower-case form.
+    lengths: int32 [W], characters. hashes: uint64 [W], of the word or of its lower-case form, whichever was asked for.
     has_letter, is_sign: bool [W], whether any character is a letter, whether all are punctuation.
     """
 
     first: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
-    folded: np.ndarray
     has_letter: np.ndarray
     is_sign: np.ndarray
 
@@ -62,30 +61,36 @@ class Words:
         return sums[self.first[1:]] - sums[self.first[:-1]]
 
 
-def every_character():
-    """Returns an array of all characters in the order of code points, as numpy's texts of length one."""
-    return np.arange(0x110000, dtype=np.uint32).view("U1")
+def characters_that(test):
+    """Returns a boolean array by code point: for which characters one of numpy's tests of text holds."""
+    found = np.zeros(0x110000, bool)
+    # No letter, digit or blank is beyond the third plane's ideographs: a fifth of the work.
+    found[:0x33000] = test(np.arange(0x33000, dtype=np.uint32).view("U1"))
+    return found
 
 
 @functools.cache
 def _character_tables():
-    """Returns tables by code point: class (uint8), _LETTER and _WORD flags (uint8), lower case (uint32)."""
-    every = every_character()
-    classes = np.full(len(every), _OTHER, np.uint8)
-    classes[np.strings.isspace(every)] = _SPACE
-    is_letter = np.strings.isalpha(every)
+    """Returns tables by code point: class (uint8), _HAS_LETTER and _NO_SIGN flags (uint8), lower case (uint32)."""
+    classes = np.full(0x110000, _OTHER, np.uint8)
+    classes[characters_that(np.strings.isspace)] = _SPACE
+    is_letter, is_upper = characters_that(np.strings.isalpha), characters_that(np.strings.isupper)
     classes[is_letter] = _LOWER
-    classes[np.strings.isupper(every)] = _UPPER
-    classes[np.strings.isdigit(every)] = _DIGIT
-    # Symbols such as arrows and pictures, all of them in the first two planes.
-    classes[[code for code in range(0x20000) if unicodedata.category(chr(code)) == "So"]] = _MARK
+    classes[is_upper] = _UPPER
+    classes[characters_that(np.strings.isdigit)] = _DIGIT
+    # Symbols such as arrows and pictures, in the blocks that are made of them.
+    symbols = (*range(0xA0, 0x100), *range(0x2000, 0x3400), *range(0x1F000, 0x1FC00))
+    classes[[code for code in symbols if unicodedata.category(chr(code)) == "So"]] = _MARK
     for mark, kind in _CLASS_OF_MARK.items():
         classes[ord(mark)] = kind
     flags = np.where(is_letter, _HAS_LETTER | _NO_SIGN, _NO_SIGN).astype(np.uint8)
     flags[[ord(c) for c in _SIGNS]] = 0
     flags[:32] = flags[127:160] = 0
     flags[classes == _SPACE] = 0
-    lower = np.ascontiguousarray(np.strings.lower(every)).view(np.uint32)
+    lower = np.arange(0x110000, dtype=np.uint32)
+    for code in np.flatnonzero(is_upper | characters_that(np.strings.istitle)).tolist():
+        # The few capitals that become two letters stand for the first of them.
+        lower[code] = ord(chr(code).lower()[0])
     return classes, flags, lower
 
 
@@ -274,7 +279,7 @@ def _flags_of_words(codes, start, stop):
     return flags
 
 
-def _find(texts):
+def _find(texts, *, is_folded=False):
     """Returns the Words of one batch."""
     codes, starts = code_points(texts)
     start, stop = _borders_of(codes, _character_tables()[0][codes])
@@ -282,8 +287,7 @@ def _find(texts):
     return Words(
         first=np.append(np.searchsorted(start, starts), len(start)),
         lengths=(stop - start).astype(np.int32),
-        hashes=stretch_hashes(prefix_sums(codes), start, stop),
-        folded=stretch_hashes(prefix_sums(codes, is_folded=True), start, stop),
+        hashes=stretch_hashes(prefix_sums(codes, is_folded=is_folded), start, stop),
         has_letter=(flags & _HAS_LETTER) > 0,
         is_sign=flags & _NO_SIGN == 0,
     )
@@ -301,16 +305,13 @@ class OfTexts:
 
     def __call__(self, texts):
         """Returns the arrays for a list of texts."""
-        texts = tuple(texts)
-        if texts and texts == tuple(self._places):
-            return self._held
-        places = list(map(self._places.get, texts))
-        if texts and None not in places:
-            return _select(self._held, np.array(places, np.int64))
-        held = concatenate([self._find(texts[part]) for part in batches(texts)] or [self._find(())])
-        if len(set(texts)) == len(texts):
-            self._places, self._held = {text: place for place, text in enumerate(texts)}, held
-        return held
+        if self._held is None or not all(text in self._places for text in texts):
+            distinct = list(dict.fromkeys(texts))
+            self._places = {text: place for place, text in enumerate(distinct)}
+            self._held = concatenate([self._find(distinct[part]) for part in batches(distinct)] or [self._find([])])
+        places = np.fromiter(map(self._places.get, texts), np.int64, len(texts))
+        is_all = len(places) == len(self._places) and bool((places == np.arange(len(places))).all())
+        return self._held if is_all else _select(self._held, places)
 
 
 def _columns(arrays):
@@ -341,5 +342,6 @@ def hash_of(word):
     return stretch_hashes(prefix_sums(codes), starts, starts + len(word))[0]
 
 
-# Returns the Words of a list of texts.
+# Return the Words of a list of texts, with the hashes of words as they are written, and of their lower-case forms.
 words_of = OfTexts(_find)
+folded_words_of = OfTexts(functools.partial(_find, is_folded=True))

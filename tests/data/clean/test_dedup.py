@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from llmos_jax.data.clean.dedup import ExactDuplicates, MinhashDuplicates, components, curve
 from llmos_jax.data.clean.documents import Documents
-from llmos_jax.data.clean.paragraphs import RepeatedParagraphs
+from llmos_jax.data.clean.paragraphs import RepeatedParagraphs, split
 from llmos_jax.data.clean.steps import apply_step, sort_records
 from llmos_jax.data.clean.words import words_of
 
@@ -160,3 +160,15 @@ def test_repeated_lines_and_sentences():
     sentences, removed = paragraphs(RepeatedParagraphs(unit="sentence", min_characters=20), texts, 1)
     assert sentences == [texts[0], "A sentence that repeats. Mine. End"]
     assert removed == [None, "A sentence that repeats."]
+
+
+def test_repeated_passages_are_cut_out_wherever_they_stand():
+    random = np.random.default_rng(0)
+    passage, *others = (" ".join(f"word{word}" for word in random.integers(10**6, size=600)) for _ in range(5))
+    texts = [f"{others[0]} {passage}\n\n{others[1]}", f"{others[2]}\n{passage} {others[3]}"]
+    assert all("".join(split(text, "passage")) == text for text in texts)
+    found, removed = paragraphs(RepeatedParagraphs(unit="passage"), texts, 1)
+    assert found[0] == texts[0]
+    # Both ends of what was copied lie in passages with their surroundings.
+    assert 0.6 < len(removed[1]) / len(passage) <= 1 and removed[1].split()[0] in passage
+    assert all(word in found[1].split() for text in others[2:] for word in text.split())

@@ -1,0 +1,1 @@
+"""Others' weights, read and written: Hugging Face checkpoints."""
