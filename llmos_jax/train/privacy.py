@@ -125,7 +125,7 @@ def make_private(settings, task, placement):
                 "restore train.privacy.key_file, or start another run directory."
             )
 
-    task = dataclasses.replace(
+    private = dataclasses.replace(
         task,
         rows=sampler.rows,
         batch_size=rows,
@@ -133,7 +133,7 @@ def make_private(settings, task, placement):
         identity=identity,
         check_identity=check_identity,
     )
-    return settings, task
+    return settings, private
 
 
 def sampling_probability(settings, task):
