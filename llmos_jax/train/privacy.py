@@ -112,7 +112,7 @@ def make_private(settings, task, placement):
         logging.warning(
             "train.privacy.delta=%g is not below 1 / documents (%d): it allows one to be published.", config.delta, documents
         )
-    if settings.data.tokenizer.startswith("bpe:"):
+    if settings.data.tokenizer.partition(":")[0] in ("bpe", "unigram"):
         logging.warning("data.tokenizer=%s is trained on the documents without privacy.", settings.data.tokenizer)
     settings = _resolve(settings, probability)
     identity = dict(task.identity) | {"privacy": {"key": hashlib.sha256(b"identity" + key).hexdigest()[:16]}}
