@@ -16,6 +16,7 @@ from absl import logging
 
 from llmos_jax.config import setting
 from llmos_jax.data.sampling import PoissonSampler, probabilities
+from llmos_jax.data.tokenizer import TRAINED
 from llmos_jax.errors import ConfigError, DataIdentityMismatch
 from llmos_jax.tasks.base import Field
 
@@ -112,7 +113,7 @@ def make_private(settings, task, placement):
         logging.warning(
             "train.privacy.delta=%g is not below 1 / documents (%d): it allows one to be published.", config.delta, documents
         )
-    if settings.data.tokenizer.partition(":")[0] in ("bpe", "unigram"):
+    if settings.data.tokenizer.startswith(TRAINED):
         logging.warning("data.tokenizer=%s is trained on the documents without privacy.", settings.data.tokenizer)
     settings = _resolve(settings, probability)
     identity = dict(task.identity) | {"privacy": {"key": hashlib.sha256(b"identity" + key).hexdigest()[:16]}}
