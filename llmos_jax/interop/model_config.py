@@ -164,7 +164,8 @@ def _settings(architecture, tree):
 
 def _tree(architecture, config):
     """Returns the content of `config.json`, in the keys that transformers 4 and 5 both read."""
-    tree = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    # Left out, the padding token is what the family's own vocabulary has, maybe beyond the end of this one.
+    tree = {"architectures": [architecture.name], "model_type": architecture.model_type, "pad_token_id": None}
     for key, ours in architecture.keys.items():
         name = ours if isinstance(ours, str) else ours[0]
         prop = "expert_hidden" if name == "expert_mlp" else _RESOLVED.get(name, name)
