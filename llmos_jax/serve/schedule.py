@@ -71,7 +71,7 @@ class Scheduler:
             raise ConfigError(f"there is a request {request.id} already.")
         if request.prompt_length < 1 or request.limit <= request.prompt_length:
             raise ConfigError(
-                f"request {request.id} has {request.prompt_length} tokens of at most {request.limit}: give it at least one token, "
+                f"request {request.id} has {request.prompt_length} tokens of at most {request.limit}: give it at least one, "
                 "and room for another."
             )
         need = self.pool.pages_for(request.limit - 1)  # the last token is never read

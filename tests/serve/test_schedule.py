@@ -197,10 +197,10 @@ def test_prefill_does_not_keep_decoding_waiting():
 def test_the_latest_is_preempted_and_comes_back_to_its_pages():
     machine = Machine(pages=8, page_size=2, rows=2, prefill_tokens=8)
     machine.next_token = lambda tokens: len(tokens) % 5 + 1
-    first, second = Request(0, [1, 2], limit=12), Request(1, [3, 4], limit=8)
+    first, second = Request(0, [1, 2], limit=12), Request(1, [3, 4], limit=12)
     machine.scheduler.submit(first)
     machine.scheduler.submit(second)
     while len(machine.scheduler):
         machine.step(1)
     assert first.preemptions == 0 and second.preemptions > 0 and second.reused > 0
-    assert second.tokens == [3, 4, 3, 4, 5, 1, 2, 3]
+    assert second.tokens == [3, 4, 3, 4, 5, 1, 2, 3, 4, 5, 1, 2]
