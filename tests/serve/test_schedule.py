@@ -70,7 +70,7 @@ def test_what_can_never_run_is_refused():
         scheduler.submit(Request(1, [1], limit=18))
     with pytest.raises(ConfigError, match="request 0 already"):
         scheduler.submit(Request(0, [1], limit=3))
-    with pytest.raises(ConfigError, match="at least one token"):
+    with pytest.raises(ConfigError, match="at least one, and room"):
         scheduler.submit(Request(2, [], limit=3))
     with pytest.raises(ConfigError, match="less than a page"):
         Scheduler(PagePool(4, 4), rows=2, prefill_tokens=3)
