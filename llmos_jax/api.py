@@ -324,6 +324,7 @@ def _sampler(task, settings, handle, placement):
 
     def sample(params):
         texts = generator.generate(params, task.prompts, sampling)
+        generator.release()  # training goes on: it needs the memory
         return [{"prompt": prompt, "text": done.text} for prompt, done in zip(task.prompts, texts, strict=True)]
 
     return sample
