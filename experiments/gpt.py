@@ -48,8 +48,9 @@ def get_config(arg=""):
     config.model = dict(name="gpt", width=width, layers=layers, heads=heads, context=context)
     sources = parse_sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.data = dict(sources=sources, tokenizer=options["tokenizer"], length=context)
+    config.task = dict(name="language")
     if sources[0]["path"].startswith("stdlib"):
-        config.task = dict(name="language", prompts=("def", "import"))
+        config.task.prompts = ("def", "import")
     config.optim = dict(learning_rate=learning_rate)
     config.train = dict(batch_size=batch_size, steps=steps, log_every_steps=10, evaluate_every_steps=250)
     config.checkpoint = dict(every_steps=250)
@@ -67,6 +68,7 @@ def get_config(arg=""):
         config.mesh = dict(parameters="fsdp")
         config.model.remat = "full" if size in ("6.7b", "13b", "175b") else "projections"
         config.train.update(evaluate_every_steps=1000, log_every_steps=20)
+        config.task.evaluation_batches = 8  # some millions of tokens
         config.checkpoint = dict(every_seconds=1800.0)
     if options["smoke"]:
         config.model.update(width=32, layers=2, heads=2, context=64, remat="none")

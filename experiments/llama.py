@@ -45,8 +45,9 @@ def get_config(arg=""):
     config.model = dict(name="llama", **shape)
     sources = parse_sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.data = dict(sources=sources, tokenizer=options["tokenizer"] or f"bpe:{vocab}", length=context)
+    config.task = dict(name="language")
     if sources[0]["path"].startswith("stdlib"):
-        config.task = dict(name="language", prompts=("def", "import"))
+        config.task.prompts = ("def", "import")
     config.optim = dict(learning_rate=learning_rate)
     config.train = dict(batch_size=batch_size, steps=steps, log_every_steps=20, evaluate_every_steps=1000)
     config.checkpoint = dict(every_seconds=1800.0)
@@ -58,6 +59,7 @@ def get_config(arg=""):
     else:
         config.model.remat = "full" if width > 4096 else "projections"
         config.mesh = dict(parameters="fsdp")
+        config.task.evaluation_batches = 8  # some tens of millions of tokens
     if size in ("8b", "70b"):
         scaling = dict(scaling="llama3", factor=8.0, low_factor=1.0, high_factor=4.0, original_context=8192)
         config.model.rope = dict(base=500_000.0, **scaling)

@@ -68,6 +68,7 @@ def get_config(arg=""):
         config.data.tokenizer = "bpe:50257"
         config.mesh = dict(parameters="fsdp")
         config.model.remat = "full"
+        config.task.evaluation_batches = 8  # some millions of tokens
         config.train.update(evaluate_every_steps=1000, log_every_steps=20)
         config.checkpoint = dict(every_seconds=1800.0)
     if options["smoke"]:

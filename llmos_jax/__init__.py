@@ -17,6 +17,10 @@ _PUBLIC = {
     "describe_devices": "llmos_jax.compute.devices",
     "prepare": "llmos_jax.data.prepare",
     "DataConfig": "llmos_jax.data.prepare",
+    "load_prepare_settings": "llmos_jax.api",
+    "run_preparation": "llmos_jax.api",
+    "PrepareConfig": "llmos_jax.data.clean.pipeline",
+    "open_dataset": "llmos_jax.data.clean.dataset",
     "read_metrics": "llmos_jax.train.metrics",
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]

@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
+from llmos_jax.errors import CheckpointError, ConfigError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -24,6 +24,37 @@ def load_settings(spec, overrides=()):
     tree, path, arg = config.load_experiment(spec)
     settings = config.parse(Settings, config.apply_overrides(tree, overrides))
     return convert.adopt(settings), default_directory(path, arg)
+
+
+def load_prepare_settings(spec, overrides=()):
+    """Returns (PrepareConfig, default dataset folder) of the experiment `NAME.py[:ARG]` with (path, text) overrides."""
+    from llmos_jax.data.clean.pipeline import PrepareConfig
+
+    tree, path, arg = config.load_experiment(spec)
+    settings = config.parse(PrepareConfig, config.apply_overrides(tree, overrides))
+    return settings, default_directory(path, arg)
+
+
+def run_preparation(settings, directory):
+    """Cleans the sources of a PrepareConfig into the dataset folder `directory`; returns its newest Version.
+
+    Going on where it was stopped, by whatever. Raises RunDirectoryLocked when another process is preparing it, and what
+    `data.clean.pipeline.prepare_dataset` does.
+    """
+    from llmos_jax.data.clean.pipeline import prepare_dataset
+    from llmos_jax.evaluate.dataset_report import REPORT_FILE, write_dataset_report
+    from llmos_jax.train.directory import prepare_directory
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    directory = pathlib.Path(directory)
+    prepare_directory(directory)
+    with RunDirectoryLease(directory), _log_file(directory / "log.txt"):
+        version = prepare_dataset(settings, directory, log=logging.info)
+        report = version.directory / REPORT_FILE
+        if not report.is_file():
+            write_dataset_report(report, version)
+        logging.info("report: %s", report)
+        return version
 
 
 def default_directory(path, arg=""):
@@ -97,11 +128,15 @@ def plan(settings, topology):
     task_unit = config.unit("llmos_jax.tasks", settings.task.name)
     task = task_unit.outline(settings.task, model=settings.model, data=settings.data)
     settings = dataclasses.replace(settings, model=task.model_config)
-    check_batch(settings, placement)
     handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    check_batch(settings, placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     traced, _ = step_compile.trace_step(settings, task.loss, task.fields, handle, optimizer, placement)
-    wholes, unchecked = step_compile.whole_arrays(handle, placement, settings.train.batch_size, task.tokens_per_row)
+    slices = settings.train.microbatches
+    if placement.pipeline and placement.pipeline.schedule == "1f1b":  # the others join their microbatches before the head
+        slices *= placement.pipeline.microbatches
+    rows = settings.train.batch_size // slices
+    wholes, unchecked = step_compile.whole_arrays(handle, placement, rows, task.tokens_per_row)
     return make_report(
         traced,
         placement.mesh,
@@ -169,6 +204,16 @@ class LanguageModel:
         sampling = sampling or config.parse(SamplingConfig, choices)
         return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
 
+    def chat(self, messages, sampling=None, on_text=None, **choices):
+        """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
+
+        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
+        """
+        tokenizer = self.generator.tokenizer
+        if not hasattr(tokenizer, "chat_prompt"):
+            raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
+        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
+
 
 def import_checkpoint(source, directory):
     """Writes a checkpoint of transformers (`hf:FOLDER`, `hf:OWNER/NAME`) as a new run directory (see `convert`)."""
@@ -210,10 +255,13 @@ def is_worth_reading(record):
 
 
 def prepare_platform(train):
-    """Applies what must be set before JAX makes its first array: heap (by a TrainConfig), dispatch, compile cache."""
+    """Applies what must be set before JAX makes its first array: heap (by a TrainConfig), dispatch, compile cache.
+
+    Raises ConfigError when JAX would compute on the CPU beside an accelerator that it has no support for.
+    """
     import jax
 
-    from llmos_jax.compute import host
+    from llmos_jax.compute import devices, host
 
     # Steps then run on the calling thread, whose heap is the one that is kept, one step's temporaries at a time: they are
     # reused, never faulted in again. It counts only before the CPU backend starts, so before a device is asked for.
@@ -221,6 +269,7 @@ def prepare_platform(train):
     jax.config.update("jax_compilation_cache_dir", str(host.cache_directory("compile")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     if jax.default_backend() == "cpu":
+        devices.refuse_idle_accelerator()
         has_kept_heap = train.keep_heap and host.keep_heap()
         logging.info("freed memory is kept for reuse: %s", has_kept_heap)
 
@@ -249,6 +298,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     from llmos_jax.train import loop
 
     prepare_platform(settings.train)
+    distributed.check_count()
     placement = make_placement(settings.mesh)
     build = functools.partial(
         config.unit("llmos_jax.tasks", settings.task.name).build,
@@ -259,7 +309,9 @@ def _run_training(settings, directory, launched, watchdog, preemption):
         seed=settings.seed,
         log=logging.info,
     )
+    watchdog.mark("prepare")  # takes as long as the data does
     task = distributed.leaders_first(records_directory(settings.data), build)
+    watchdog.mark("init")
     settings = dataclasses.replace(settings, model=task.model_config)
     distributed.check_same(settings, data=task.identity)
     distributed.from_first("claim", lambda: run_directory.claim(directory, settings))

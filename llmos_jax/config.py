@@ -23,7 +23,9 @@ from llmos_jax.errors import ConfigError
 _MISSING = dataclasses.MISSING
 
 
-def setting(default=_MISSING, *, help, at_least=None, above=None, at_most=None, below=None, choices=None, units=None):
+def setting(
+    default=_MISSING, *, help, at_least=None, above=None, at_most=None, below=None, choices=None, units=None, parser=None
+):
     """Returns a dataclass field that `parse` checks.
 
     Args:
@@ -32,8 +34,10 @@ def setting(default=_MISSING, *, help, at_least=None, above=None, at_most=None, 
       at_least, above, at_most, below: bounds of a number (of every element of a tuple).
       choices: the values allowed.
       units: package (`"llmos_jax.models"`) whose module named by the value's `name` key owns the `Config` class.
+      parser: `parser(value, path)` returns the value of a setting whose type its annotation does not tell.
     """
     metadata = dict(help=help, at_least=at_least, above=above, at_most=at_most, below=below, choices=choices, units=units)
+    metadata["parser"] = parser
     if isinstance(default, (dict, list)) or dataclasses.is_dataclass(default):
         return dataclasses.field(default_factory=lambda: default, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -94,10 +98,12 @@ def apply_overrides(tree, overrides):
         node = tree
         *parents, leaf = path.split(".")
         for depth, name in enumerate(parents):
-            child = node.setdefault(name, {})
-            if not isinstance(child, dict):
+            child = _item(node, name, path) if isinstance(node, list) else node.setdefault(name, {})
+            if not isinstance(child, (dict, list)):
                 raise ConfigError(f"--config.{path}: {'.'.join(parents[: depth + 1])} is a value, not a group of settings.")
             node = child
+        if isinstance(node, list):
+            raise ConfigError(f"--config.{path}={text}: name a setting of one of its {len(node)} items, by number or name.")
         if isinstance(node.get(leaf), dict):
             inner = ", ".join(sorted(node[leaf]))
             raise ConfigError(f"--config.{path}={text}: {path} is a group of settings ({inner}); set one of them.")
@@ -196,6 +202,17 @@ def unit(package, name, path="name"):
     raise ConfigError(f"{path}={name!r} is not a known choice; {_known(name, unit_names(package))}")
 
 
+def _item(items, name, path):
+    """Returns the group of settings of a list that a number or a name (its label, step or path) tells."""
+    named = {str(number): item for number, item in enumerate(items)}
+    for item in reversed(items):
+        if isinstance(item, dict):
+            named |= {str(item[key]): item for key in ("path", "step", "label") if item.get(key)}
+    if name not in named:
+        raise ConfigError(f"--config.{path}: there is no item {name!r}; {_known(name, named)}")
+    return named[name]
+
+
 def _is_unit(module):
     return hasattr(module, "Config") and hasattr(module, "build")
 
@@ -211,6 +228,8 @@ def _known(key, names):
 
 
 def _convert(hint, metadata, value, path):
+    if metadata.get("parser"):
+        return metadata["parser"](value, path)
     if metadata.get("units"):
         if not isinstance(value, dict):
             raise ConfigError(f"{path} must be a group of settings with a 'name', not {value!r}.")

@@ -17,6 +17,8 @@ _USAGE = """usage: llmos [VERB] [flags]
   train       --config=experiments/NAME.py[:option=value,flag] [--config.path.to.setting=value] [--workdir=DIR]
               (the verb when none is given; going on where the run directory stands)
   plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
+  prepare     --config=experiments/prepare.py:data=PATH --workdir=DIR: raw text to a clean dataset (going on where it stands)
+  dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N --key=KEY --text=TEXT]
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
   convert     --from=hf:FOLDER --workdir=DIR: a checkpoint of transformers (or hf:OWNER/NAME) as a run directory
@@ -80,6 +82,47 @@ def _plan(words, values, overrides, launched):
     if values.json:
         host.write_whole(pathlib.Path(values.json), planner.to_json(report))
     print(planner.format_report(report))
+
+
+def _prepare(words, values, overrides, launched):
+    _no_more(words)
+    if not values.config:
+        raise errors.ConfigError(f"--config is missing.\n\n{_USAGE}")
+    settings, default_directory = api.load_prepare_settings(values.config, overrides)
+    api.run_preparation(settings, values.workdir or default_directory)
+
+
+def _dataset(words, values, overrides, launched):
+    from llmos_jax.data.clean import dataset
+    from llmos_jax.train.lease import RunDirectoryLease
+
+    action = words.pop(0) if words else "ls"
+    _no_more(words)
+    directory = _workdir(values)
+    version = dataset.open_dataset(directory, values.version)
+    if action == "ls":
+        print(dataset.format_versions(dataset.list_versions(directory) or [version]))
+    elif action == "verify":
+        damaged = dataset.verify(version)
+        print("\n".join(damaged) or f"{version.directory} is whole")
+        if damaged:
+            raise errors.DataError(f"{len(damaged)} files of {version.directory} are damaged: prepare it again.")
+    elif action == "compare":
+        older = [other for other in dataset.list_versions(directory) if other.number < version.number]
+        if not older:
+            raise errors.ConfigError(f"{version.directory} is the oldest version: there is none to compare it with.")
+        print("\n".join(dataset.compare(older[-1], version)) or "no difference")
+    elif action == "gc":
+        with RunDirectoryLease(directory):  # never under the feet of a preparation
+            removed = dataset.collect_garbage(directory, keep=values.keep)
+        print(f"removed {len(removed)} files and folders" if removed else "nothing to remove")
+    elif action == "lookup":
+        if (values.key is None) == (values.text is None):
+            raise errors.ConfigError("dataset lookup needs --key=KEY or --text=TEXT.")
+        found = list(dataset.lookup(version, key=values.key, text=values.text))
+        print("\n\n".join(map(dataset.format_place, found)) or "not found")
+    else:
+        raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup.")
 
 
 def _generate(words, values, overrides, launched):
@@ -147,7 +190,15 @@ def _checkpoint(words, values, overrides, launched):
         raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")
 
 
-_VERBS = {"train": _train, "plan": _plan, "generate": _generate, "convert": _convert, "checkpoint": _checkpoint}
+_VERBS = {
+    "train": _train,
+    "plan": _plan,
+    "prepare": _prepare,
+    "dataset": _dataset,
+    "generate": _generate,
+    "convert": _convert,
+    "checkpoint": _checkpoint,
+}
 
 
 def _parse(argv):
@@ -179,7 +230,10 @@ def _parse(argv):
         flags.DEFINE_string(name, None, "see serve.sample.SamplingConfig", **text)
     flags.DEFINE_multi_string("stop", [], "text that ends a continuation (repeatable)", **text)
     flags.DEFINE_integer("step", None, "checkpoint to load; none: the newest", **text)
-    flags.DEFINE_integer("keep", 1, "newest checkpoints that gc keeps", lower_bound=1, **text)
+    flags.DEFINE_integer("keep", 1, "newest checkpoints or versions that gc keeps", lower_bound=1, **text)
+    flags.DEFINE_integer("version", None, "version of a dataset; none: the newest", **text)
+    flags.DEFINE_string("key", None, "key of a document to look up", **text)
+    flags.DEFINE_string("text", None, "piece of text to look up", **text)
     flags.DEFINE_bool("help", False, "show this", short_name="h", **text)
     try:
         words = values([argv[0], *rest])[1:]

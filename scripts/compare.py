@@ -2,7 +2,7 @@
 
     python scripts/compare.py runs/one runs/two
     python scripts/compare.py --tolerance=1e-5 --devices=8 --common="--config=experiments/gpt.py:smoke" \\
-        --left="--config.mesh.data=1" --right="--config.mesh.data=4 --config.mesh.model=2"
+        --left="--config.mesh.data=8" --right="--config.mesh.data=4 --config.mesh.model=2"
     python scripts/compare.py --common="--config=experiments/gpt.py:smoke" --left=@main --right=@HEAD
 
 A side is a run directory, or the flags of a run that is then made in a folder of its own; `@COMMIT` before them runs that
@@ -21,6 +21,7 @@ import tempfile
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 METRICS_FILE = "metrics.jsonl"
+_DEVICES_FLAG = "--xla_force_host_platform_device_count"
 
 
 class NotComparable(Exception):
@@ -114,7 +115,8 @@ def make_run(side, common, folder, name, devices):
     try:
         environment = os.environ | {"PYTHONPATH": str(source)}
         if devices:
-            environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+            others = [flag for flag in environment.get("XLA_FLAGS", "").split() if not flag.startswith(_DEVICES_FLAG)]
+            environment["XLA_FLAGS"] = " ".join([*others, f"{_DEVICES_FLAG}={devices}"])
         directory = folder / name
         command = [sys.executable, "-m", "llmos_jax.main", "train", *common, *words, f"--workdir={directory}"]
         _call(command, source, environment)
@@ -131,8 +133,8 @@ def _call(command, where, environment):
         raise NotComparable(f"{shlex.join(command)} ended with exit code {done.returncode}: {last}")
 
 
-def main(argv=None):
-    """Parses the command line, makes what runs are missing, compares; returns the exit code."""
+def make_parser():
+    """Returns the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="two run directories")
     parser.add_argument("--left", default="", help="run directory, or flags of a run, or @COMMIT and flags")
@@ -141,6 +143,12 @@ def main(argv=None):
     parser.add_argument("--metric", default="train/loss")
     parser.add_argument("--tolerance", type=float, default=0.0, help="relative difference that is allowed; 0: none")
     parser.add_argument("--devices", type=int, default=0, help="virtual CPU devices of the runs; 0: as the machine is")
+    return parser
+
+
+def main(argv=None):
+    """Parses the command line, makes what runs are missing, compares; returns the exit code."""
+    parser = make_parser()
     args = parser.parse_args(argv)
     sides = args.runs or [args.left, args.right]
     if len(sides) != 2:

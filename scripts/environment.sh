@@ -36,11 +36,14 @@ has_google_vfio() {
   return 1
 }
 
-# Prints the extra that the attached hardware needs.
+# Prints the extra that the attached hardware needs; LLMOS_EXTRAS (gpu, tpu, or nothing) overrides the look, for a node that
+# has none and shares the environment with those that do.
 hardware_extra() {
-  if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
+  if [ -n "${LLMOS_EXTRAS+set}" ]; then
+    echo "$LLMOS_EXTRAS"
+  elif command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then
     echo gpu
-  elif compgen -G '/dev/accel*' >/dev/null || [ -n "${TPU_ACCELERATOR_TYPE:-}" ] || has_google_vfio; then
+  elif compgen -G '/dev/accel[0-9]*' >/dev/null || [ -n "${TPU_ACCELERATOR_TYPE:-}" ] || has_google_vfio; then
     echo tpu
   fi
 }

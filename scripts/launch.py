@@ -7,12 +7,14 @@ What follows `--` is llmos's own command line. When a process ends badly the res
 are started again on a new port, from the last checkpoint: at once after a preemption (exit code 42) or when the run came
 further than ever before, else after a growing pause; after --restarts without a new step it gives up with the last error.
 Exit codes 78 (settings) and 65 (data, checkpoint) are passed on: starting again would not help. The run directory's
-DONE.json counts for more than any exit code. SIGTERM or Ctrl-C is passed on, and answered by 42 when all have saved, else 75.
+DONE.json counts for more than any exit code. SIGTERM or Ctrl-C is passed on, and answered by 42 when all have saved, else 75; a
+Ctrl-C after it kills. Processes on a host with GPUs get an even share of them.
 """
 
 import argparse
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import re
@@ -25,6 +27,7 @@ import threading
 import time
 
 from llmos_jax import api, errors
+from llmos_jax.compute import host
 
 _DEVICES_FLAG = "--xla_force_host_platform_device_count"
 _LONGEST_PAUSE_SECONDS = 60.0
@@ -38,6 +41,28 @@ class Child:
     process: subprocess.Popen
     reader: threading.Thread | None = None
     errors: list[dict] = dataclasses.field(default_factory=list)
+
+
+class Stop:
+    """What signals ask for: SIGTERM or Ctrl-C to save and stop (`is_asked`), a Ctrl-C after it not to wait (`is_urgent`)."""
+
+    def __init__(self):
+        self.is_urgent, self._asked = False, threading.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    @property
+    def is_asked(self):
+        """Whether a signal has arrived."""
+        return self._asked.is_set()
+
+    def wait(self, seconds):
+        """Returns after `seconds`, or True when a signal arrives before."""
+        return self._asked.wait(seconds)
+
+    def _ask(self, number, _):
+        self.is_urgent = self.is_urgent or (number == signal.SIGINT and self.is_asked)
+        self._asked.set()
 
 
 class Gang:
@@ -74,9 +99,9 @@ class Gang:
             else:
                 print(line if child.number == 0 else f"[{child.number}] {line}", end="", file=sys.stderr, flush=True)
 
-    def wait(self, stop, stop_command, grace_seconds):
-        """Returns all exit codes. After a bad one the rest has `grace_seconds` to leave, after a stop six times that."""
-        codes, deadline, is_told, first = {}, None, False, None
+    def wait(self, stop, stop_command, grace_seconds, stop_grace_seconds):
+        """Returns all exit codes. After a bad one the rest has `grace_seconds` to leave, after a stop `stop_grace_seconds`."""
+        codes, deadline, is_told, first = {}, math.inf, False, None
         while len(codes) < len(self.children):
             for child in self.children:
                 code = child.process.poll()
@@ -85,12 +110,13 @@ class Gang:
                 codes[child.number] = code
                 first = first or time.monotonic()
                 say(f"process {child.number} ended with {code}, {time.monotonic() - first:.1f} s after the first")
-                if code != errors.EXIT_DONE:
-                    deadline = deadline or time.monotonic() + grace_seconds
-            if stop.is_set() and not is_told:
+                is_leaving = is_told and code == errors.EXIT_PREEMPTED  # the others still save
+                if code != errors.EXIT_DONE and not is_leaving:
+                    deadline = min(deadline, time.monotonic() + grace_seconds)
+            if stop.is_asked and not is_told:
                 subprocess.run(stop_command, check=False) if stop_command else self.signal(signal.SIGTERM)
-                is_told, deadline = True, deadline or time.monotonic() + 6 * grace_seconds
-            if deadline is not None and time.monotonic() > deadline:
+                is_told, deadline = True, min(deadline, time.monotonic() + stop_grace_seconds)
+            if time.monotonic() > deadline or stop.is_urgent:
                 self.signal(signal.SIGKILL)
             time.sleep(0.02)
         for child in self.children:
@@ -117,19 +143,19 @@ def supervise(command, directory, args, stop):
     """Runs gangs until the run is done, can't be helped, or is told to stop; returns the exit code."""
     furthest, failures = newest_step(directory), 0
     while True:
-        started = time.time()
+        marked = done_marker(directory)
         gang = Gang(command, args.processes, args.devices)
         try:
-            codes = gang.wait(stop, shlex.split(args.stop), args.grace)
+            codes = gang.wait(stop, shlex.split(args.stop), args.grace, args.stop_grace)
         finally:
             gang.signal(signal.SIGKILL)
-        if is_done(directory, started) or set(codes) == {errors.EXIT_DONE}:
+        if done_marker(directory) not in (None, marked) or set(codes) == {errors.EXIT_DONE}:
             return errors.EXIT_DONE
         for code in (errors.EXIT_CONFIG, errors.EXIT_CORRUPT):
             if code in codes:
                 say(f"given up, starting again does not help: {gang.last_error(codes)}")
                 return code
-        if stop.is_set():
+        if stop.is_asked:
             has_saved = set(codes) <= {errors.EXIT_DONE, errors.EXIT_PREEMPTED}
             return errors.EXIT_PREEMPTED if has_saved else errors.EXIT_RETRYABLE
         step = newest_step(directory)
@@ -155,10 +181,14 @@ def newest_step(directory):
     return max(steps, default=0)
 
 
-def is_done(directory, since):
-    """Whether the run directory was marked as done after `since`, in `time.time()` seconds."""
-    marker = directory / "DONE.json"
-    return marker.is_file() and marker.stat().st_mtime >= since - 1.0
+def done_marker(directory):
+    """Returns what tells one marker of a run's end from an earlier one, or None when there is none."""
+    try:
+        # Compared with itself only: the clock of a network file system is not this host's.
+        found = (directory / "DONE.json").stat()
+    except FileNotFoundError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size
 
 
 def run_directory(words):
@@ -191,11 +221,16 @@ def main():
     parser.add_argument("--restarts", type=int, default=3, help="restarts without a new step before it gives up")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds before the first such restart, then doubled")
     parser.add_argument("--grace", type=float, default=5.0, help="seconds for the rest to leave after a bad exit")
+    parser.add_argument("--stop-grace", type=float, default=1800.0, help="seconds to finish a step and save when asked to stop")
     parser.add_argument("words", nargs="+", metavar="-- llmos arguments")
     args = parser.parse_args()
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
+    if args.processes > 1 and args.devices is None and os.environ.get("JAX_PLATFORMS") != "cpu":
+        try:
+            args.devices = host.share_of_gpus(host.visible_gpus(), args.processes) or None
+        except errors.ConfigError as error:
+            say(f"{error} (--devices sets their number)")
+            return errors.EXIT_CONFIG
+    stop = Stop()
     command = [*shlex.split(args.through), sys.executable, "-m", "llmos_jax.main", *args.words]
     return supervise(command, run_directory(args.words), args, stop)
 

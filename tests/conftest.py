@@ -39,3 +39,17 @@ def pytest_collection_modifyitems(items):
 def cache_directory():
     """The session's cache: prepared data and compiled programs are shared by the tests that start processes."""
     return _CACHE
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path_factory, monkeypatch):
+    """Returns `attach(count)`: makes a host on which the driver lists so many GPUs, for this process and those it starts."""
+    folder = tmp_path_factory.mktemp("driver")
+
+    def attach(count):
+        lines = [f"GPU {number}: NVIDIA H100 80GB HBM3 (UUID: GPU-{number:04d})" for number in range(count)]
+        (folder / "nvidia-smi").write_text("#!/bin/sh\ncat <<END\n" + "\n".join(lines) + "\nEND\n")
+        (folder / "nvidia-smi").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    return attach

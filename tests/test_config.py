@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmos_jax import config
-from llmos_jax.api import load_settings
+from llmos_jax.api import load_prepare_settings, load_settings
 from llmos_jax.errors import ConfigError
 from llmos_jax.train.settings import Settings
 
-EXPERIMENTS = sorted(pathlib.Path("experiments").glob("*.py"))
+PREPARE = pathlib.Path("experiments/prepare.py")
+EXPERIMENTS = sorted(path for path in pathlib.Path("experiments").glob("*.py") if path != PREPARE)
 GOLDEN = pathlib.Path("tests/golden")
 ARGS = {
     "gpt": ["", "size=nano,tokenizer=byte,data=corpus.txt", "size=124m", "size=175b", "smoke"],
@@ -118,13 +119,35 @@ def test_missing_experiment_is_named():
 def test_golden_settings(path, arg, request):
     """A changed default shows up in review: regenerate with `pytest tests/test_config.py --regenerate-golden`."""
     settings, _ = load_settings(f"{path}:{arg}")
+    check_golden(settings, path, arg, request)
+
+
+@pytest.mark.parametrize("arg", ["", "data=corpus+more.jsonl.zst,licence=CC0,chain=web", "chain=code,evaluations=tests.jsonl"])
+def test_golden_settings_of_preparation(arg, request):
+    settings, _ = load_prepare_settings(f"{PREPARE}:{arg}")
+    check_golden(settings, PREPARE, arg, request)
+
+
+def check_golden(settings, path, arg, request):
     name = f"{path.stem}-{arg or 'default'}".replace("/", "_")
     file = GOLDEN / f"{name}.json"
     if request.config.getoption("--regenerate-golden"):
         file.write_text(config.to_json(settings))
     assert config.to_json(settings) == file.read_text()
-    assert config.parse(Settings, json.loads(file.read_text())) == settings
+    assert config.parse(type(settings), json.loads(file.read_text())) == settings
     assert path.read_text().count("\n") <= 120
+
+
+def test_items_of_lists_are_overridden_by_number_or_name():
+    settings, _ = load_prepare_settings(
+        f"{PREPARE}:data=corpus",
+        [("steps.length.at_least", "7"), ("steps.0.max_blank_lines", "9"), ("sources.corpus.licence", "MIT")],
+    )
+    assert (settings.steps[-1].at_least, settings.steps[0].max_blank_lines, settings.sources[0].licence) == (7, 9, "MIT")
+    with pytest.raises(ConfigError, match="steps.lenght.at_least: there is no item 'lenght'; did you mean 'length'"):
+        load_prepare_settings(f"{PREPARE}", [("steps.lenght.at_least", "7")])
+    with pytest.raises(ConfigError, match="name a setting of one of its"):
+        load_prepare_settings(f"{PREPARE}", [("steps.length", "7")])
 
 
 def test_every_setting_of_every_experiment_refuses_nonsense():

@@ -1,5 +1,6 @@
 """The launchers: what the supervisor does with every exit code, and that the cluster scripts are well formed."""
 
+import configparser
 import json
 import os
 import pathlib
@@ -81,14 +82,44 @@ def test_the_whole_command_line_is_passed_on(tmp_path):
     assert call[1:4] == ["-m", "llmos_jax.main", f"--workdir={tmp_path}"] and "--config.train.steps=3" in call
 
 
-def test_asked_to_stop_it_passes_that_on_and_waits(tmp_path):
-    plan = ["trap 'echo saved >>$RUN/saved; exit 42' TERM; touch $RUN/up; while true; do sleep 0.05; done", "exit 0"]
-    process = supervise(tmp_path, plan, wait=False)
-    while not (tmp_path / "up").exists():
+def wait_for(file):
+    deadline = time.monotonic() + 60
+    while not file.exists():
+        assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+SLOW_SAVER = "trap 'sleep 3; echo saved >>$RUN/saved; exit 42' TERM; touch $RUN/up; while true; do sleep 0.05; done"
+DEAF = "trap 'touch $RUN/told' TERM; touch $RUN/up; while true; do sleep 0.05; done"
+
+
+def test_asked_to_stop_it_passes_that_on_and_waits_for_a_slow_save(tmp_path):
+    """A save takes longer than processes need to leave after a bad exit."""
+    process = supervise(tmp_path, [SLOW_SAVER, "exit 0"], "--grace=0.1", wait=False)
+    wait_for(tmp_path / "up")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 42 and (tmp_path / "saved").exists()
     assert (tmp_path / "calls").read_text().count("\n") == 1
+    process.stderr.close()
+
+
+def test_who_has_saved_first_does_not_hurry_the_others(tmp_path):
+    plan = [SLOW_SAVER.replace("up", "$JAX_PROCESS_ID").replace("sleep 3", "sleep $((3 * JAX_PROCESS_ID))")] * 2
+    process = supervise(tmp_path, plan, "--processes=2", "--grace=0.1", wait=False)
+    wait_for(tmp_path / "0")
+    wait_for(tmp_path / "1")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 42 and (tmp_path / "saved").read_text().count("saved") == 2
+    process.stderr.close()
+
+
+def test_a_process_that_dies_in_a_stop_ends_the_wait(tmp_path):
+    plan = ["trap '[ $JAX_PROCESS_ID = 1 ] || exit 1' TERM; touch $RUN/$JAX_PROCESS_ID; while true; do sleep 0.05; done"] * 2
+    process = supervise(tmp_path, plan, "--processes=2", "--grace=0.1", wait=False)
+    wait_for(tmp_path / "0")
+    wait_for(tmp_path / "1")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == 75
     process.stderr.close()
 
 
@@ -96,22 +127,56 @@ def test_a_command_may_ask_them_to_stop(tmp_path):
     """A cluster's launcher may not pass signals on: Slurm's srun ends its tasks."""
     plan = ["trap '' TERM; touch $RUN/up; while [ ! -e $RUN/asked ]; do sleep 0.05; done; exit 42"]
     process = supervise(tmp_path, plan, f"--stop=touch {tmp_path}/asked", wait=False)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
+    wait_for(tmp_path / "up")
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=30) == 42
     process.stderr.close()
 
 
 def test_what_does_not_leave_is_killed(tmp_path):
-    plan = ["trap '' TERM; touch $RUN/up; while true; do sleep 0.05; done"]
-    process = supervise(tmp_path, plan, "--grace=0.1", wait=False)
-    while not (tmp_path / "up").exists():
-        time.sleep(0.02)
+    process = supervise(tmp_path, [DEAF], "--stop-grace=0.6", wait=False)
+    wait_for(tmp_path / "up")
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=30) == 75  # it has not saved
     assert "ended with -9" in process.stderr.read()
     process.stderr.close()
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_a_ctrl_c_after_a_stop_kills(first, tmp_path):
+    process = supervise(tmp_path, [DEAF], wait=False)
+    wait_for(tmp_path / "up")
+    process.send_signal(first)
+    wait_for(tmp_path / "told")
+    process.send_signal(signal.SIGTERM)  # says nothing new
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=30) == 75 and "ended with -9" in process.stderr.read()
+    process.stderr.close()
+
+
+def test_a_host_s_gpus_are_divided(tmp_path, nvidia_smi, monkeypatch):
+    nvidia_smi(8)
+    monkeypatch.delenv("JAX_PLATFORMS")
+    plan = ["echo $JAX_LOCAL_DEVICE_IDS >>$RUN/ids"] * 2
+    code, text, _ = supervise(tmp_path, plan, "--processes=2")
+    assert code == 0 and sorted((tmp_path / "ids").read_text().split()) == ["0,1,2,3", "4,5,6,7"], text
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3,4")
+    (tmp_path / "calls").write_text("")
+    code, text, calls = supervise(tmp_path, plan, "--processes=2")
+    assert (code, calls) == (78, 0) and "2 processes on this host can't share its 3 GPU(s) evenly" in text
+    assert supervise(tmp_path, ["exit 0"] * 2, "--processes=2", "--devices=1")[0] == 0
+
+
+def seconds_of(option, text):
+    return float(re.search(rf"{option}[=:@ ]*(\d+)", text)[1])
+
+
+def test_the_clusters_leave_time_to_save():
+    """What kills comes after what waits: a large model takes minutes to end its step and to save."""
+    assert seconds_of("--stop-grace", pathlib.Path("scripts/tpu_pod").read_text()) >= 1800
+    assert seconds_of("terminationGracePeriodSeconds", pathlib.Path("scripts/jobset.yaml").read_text()) >= 1800
+    slurm = pathlib.Path("scripts/slurm.sbatch").read_text()
+    assert seconds_of("USR1", slurm) > seconds_of("--stop-grace", slurm) >= 600
 
 
 @pytest.mark.parametrize("path", ["scripts/slurm.sbatch", "scripts/tpu_pod"])
@@ -143,6 +208,43 @@ def test_jobset_has_what_is_required():
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
+def test_the_image_holds_what_the_jobset_starts(tmp_path):
+    """The Dockerfile's folder is made by hand: what the JobSet's command names is found there, and installs."""
+    lines = [line.split() for line in pathlib.Path("scripts/Dockerfile").read_text().splitlines()]
+    for *sources, target in (words[1:] for words in lines if words[:1] == ["COPY"]):
+        for source in map(pathlib.Path, sources):
+            if source.is_dir():
+                shutil.copytree(source, tmp_path / target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(source, tmp_path / target)
+    (folder,) = [words[1] for words in lines if words[:1] == ["WORKDIR"]]
+    job = yaml.safe_load(pathlib.Path("scripts/jobset.yaml").read_text())
+    (container,) = job["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["workingDir"] == folder and container["command"] == ["python", "-m", "llmos_jax.main"]
+    script = """
+import sys
+from llmos_jax import api, main
+words, values, overrides = main._parse(["llmos", *sys.argv[1:]])
+settings, _ = api.load_settings(values.config, overrides)
+print(main.__file__, values.workdir, settings.model.layers)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, *container["args"]],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split() == [str(tmp_path / "llmos_jax/main.py"), "/shared/runs/gpt", "48"], done.stderr
+    constraint = next(word for words in lines if words[:1] == ["RUN"] for word in words if word.startswith("constraints/"))
+    declared = configparser.ConfigParser()
+    declared.read(tmp_path / "setup.cfg")
+    assert (tmp_path / constraint).is_file() and (tmp_path / "pyproject.toml").is_file()
+    assert (tmp_path / declared["metadata"]["long_description"].removeprefix("file: ")).is_file()
+
+
 def test_tpu_pod_calls_gcloud(tmp_path):
     fake = tmp_path / "gcloud"
     fake.write_text('#!/bin/bash\nprintf "%s\\n" "$*" >>"$CALLS"\n[[ $* = *describe* ]] && echo "${STATE:-ACTIVE}"; true\n')
@@ -164,6 +266,9 @@ def test_tpu_pod_calls_gcloud(tmp_path):
     done, calls = tpu_pod("install")
     assert done.returncode == 0, done.stderr
     assert "tpu-vm scp" in calls and "--worker=all" in calls and "mount 10.0.0.2:/share /shared" in calls
+    assert "LLMOS_EXTRAS=tpu llmos/scripts/llmos" in calls  # whatever the hosts' chips look like
+    is_changed = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
+    assert ("what is changed since stays behind" in done.stderr) == bool(is_changed)
     done, calls = tpu_pod("run", "--config=experiments/gpt.py:size=124m,data=a b", "--workdir=/shared/x")
     assert "scripts/launch.py" in calls and "--config.distributed.cluster=tpu" in calls and r"data=a\ b" in calls
     assert "--worker=0 --command=tail" in tpu_pod("watch")[1] and "kill -TERM" in tpu_pod("stop")[1]

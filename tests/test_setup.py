@@ -97,3 +97,11 @@ def test_a_changed_project_is_installed_again_and_a_failure_is_said(tmp_path):
     (tmp_path / "venv" / ".stamp-test").write_text("other")
     done = bash(f"{code} hardware_extra() {{ :; }}; prepare_environment test; echo ready", **os.environ)
     assert done.returncode == 78 and "the installation failed" in done.stderr and "ready" not in done.stdout
+
+
+@pytest.mark.parametrize(("chosen", "extras"), [({"LLMOS_EXTRAS": "gpu"}, "gpu"), ({"LLMOS_EXTRAS": ""}, ""), ({}, "tpu")])
+def test_the_extra_of_the_hardware_can_be_chosen(chosen, extras):
+    """A login node has no accelerator, and makes the environment of nodes that do."""
+    code = f"source {pathlib.Path('scripts/environment.sh').absolute()}; has_google_vfio() {{ true; }}; hardware_extra"
+    environment = {name: value for name, value in os.environ.items() if name != "LLMOS_EXTRAS"}
+    assert bash(code, **environment | chosen).stdout.strip() == extras

@@ -4,15 +4,18 @@ import dataclasses
 import ipaddress
 import re
 import socket
+import urllib.request
 import zlib
 
 from absl import logging
 
+from llmos_jax.compute import host
 from llmos_jax.errors import ConfigError
 
 # Slurm and MPI name no port: one in this range is derived from the job, so that two jobs on one host rarely meet.
 _FIRST_PORT, _PORTS = 61_440, 4096
 _TPU_PORT = 8482
+_METADATA_SECONDS = 10.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +63,17 @@ def _explicit(config, environ):
         "distributed.process_id (JAX_PROCESS_ID)": _number(config.process_id, environ, "JAX_PROCESS_ID"),
     }
     coordinator, processes, process_id = given.values()
+    devices = None
     if coordinator is not None and processes is None and process_id is None and _ranks(environ):
         processes, process_id = _ranks(environ)  # started by srun or mpirun, with a coordinator of one's own choice
+        devices = _share_of_gpus(environ)
     elif all(value is None for value in given.values()):
         return None
     elif None in given.values():
         missing = ", ".join(name for name, value in given.items() if value is None)
         raise ConfigError(f"processes are named in part only: {missing} is missing; give all three, or none.")
     _split(coordinator, "distributed.coordinator")
-    return Processes(coordinator, processes, process_id, None)
+    return Processes(coordinator, processes, process_id, None, devices)
 
 
 def _slurm(config, environ):
@@ -79,11 +84,7 @@ def _slurm(config, environ):
     is_one_node = int(environ.get("SLURM_STEP_NUM_NODES", 0)) == 1
     first = "127.0.0.1" if is_one_node else _first_node(environ["SLURM_STEP_NODELIST"])
     port = _FIRST_PORT + int(environ["SLURM_JOB_ID"]) % _PORTS
-    # Several tasks on a node share its devices by their local number, unless Slurm has bound each to its own.
-    tasks = re.match(r"\d+", environ.get("SLURM_STEP_TASKS_PER_NODE", "1"))
-    is_shared = int(tasks[0]) > 1 and not environ.get("SLURM_GPUS_PER_TASK") and environ.get("CUDA_VISIBLE_DEVICES")
-    devices = [int(environ["SLURM_LOCALID"])] if is_shared else None
-    return Processes(f"{first}:{port}", processes, process_id, None, devices)
+    return Processes(f"{first}:{port}", processes, process_id, None, _share_of_gpus(environ))
 
 
 def _mpi(config, environ):
@@ -96,15 +97,40 @@ def _mpi(config, environ):
             "Open MPI does not tell where rank 0 is: name distributed.coordinator=HOST:PORT (or JAX_COORDINATOR_ADDRESS)."
         )
     job = environ.get("PMIX_NAMESPACE") or environ.get("OMPI_MCA_ess_base_jobid") or "0"
-    devices = [int(environ["OMPI_COMM_WORLD_LOCAL_RANK"])] if environ.get("CUDA_VISIBLE_DEVICES") else None
-    return Processes(f"127.0.0.1:{_FIRST_PORT + zlib.crc32(job.encode()) % _PORTS}", processes, process_id, None, devices)
+    coordinator = f"127.0.0.1:{_FIRST_PORT + zlib.crc32(job.encode()) % _PORTS}"
+    return Processes(coordinator, processes, process_id, None, _share_of_gpus(environ))
 
 
 def _tpu(config, environ):
-    """A host of a TPU slice, or of several: JAX asks the metadata server who the others are."""
+    """A host of a TPU slice, or of several: JAX finds out who the others are, in the environment or the metadata server."""
     hosts = environ.get("TPU_PROCESS_ADDRESSES") or environ.get("TPU_WORKER_HOSTNAMES") or ""
     is_many = "," in hosts or int(environ.get("MEGASCALE_NUM_SLICES") or 1) > 1
-    return Processes(None, None, None, None) if is_many or config.cluster == "tpu" else None
+    if config.cluster == "tpu" or is_many or (not hosts and _is_many_by_metadata(environ)):
+        return Processes(None, None, None, None)
+    return None
+
+
+def _is_many_by_metadata(environ):
+    """Whether the metadata server of this Cloud TPU VM names more hosts than this one: there an ssh session is told nothing.
+
+    GKE, which sets the environment, and hosts without TPU chips are not asked for.
+    """
+    if "TPU_SKIP_MDS_QUERY" in environ or not host.has_tpu():
+        return False
+    server = environ.get("GCE_METADATA_IP", "metadata.google.internal")
+
+    def ask(name):
+        address = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
+        request = urllib.request.Request(address, headers={"Metadata-Flavor": "Google"})
+        try:
+            with urllib.request.urlopen(request, timeout=_METADATA_SECONDS) as answer:
+                return answer.read().decode()
+        except OSError as error:  # Colab, or a TPU of one's own
+            logging.info("no hosts of a TPU slice are named at %s (%s)", address, error)
+            return ""
+
+    slices = re.search(r"^\s*MEGASCALE_NUM_SLICES\s*:\s*'?(\d+)", ask("tpu-env"), re.MULTILINE)
+    return "," in ask("worker-network-endpoints") or (slices is not None and int(slices[1]) > 1)
 
 
 def _ranks(environ):
@@ -117,6 +143,41 @@ def _ranks(environ):
         if size in environ and rank in environ:
             return int(environ[size]), int(environ[rank])
     return None
+
+
+def _local_ranks(environ):
+    """Returns (count, number) of the processes that a launcher has started on this host."""
+    for size, rank in (
+        ("OMPI_COMM_WORLD_LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("MPI_LOCALNRANKS", "MPI_LOCALRANKID"),
+    ):
+        if size in environ and rank in environ:
+            return int(environ[size]), int(environ[rank])
+    if "SLURM_LOCALID" not in environ:
+        return 1, 0
+    tasks = []  # of every node, from a text such as 2(x3),1
+    for count, nodes in re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_STEP_TASKS_PER_NODE", "1")):
+        tasks += [int(count)] * int(nodes or 1)
+    return tasks[min(int(environ.get("SLURM_NODEID") or 0), len(tasks) - 1)], int(environ["SLURM_LOCALID"])
+
+
+def _share_of_gpus(environ):
+    """Returns which of the GPUs that this process sees are its own, where all processes of a host see the same; None: all.
+
+    Numbers count from the first one that it sees. ConfigError when they can't be shared evenly.
+    """
+    count, number = _local_ranks(environ)
+    if count == 1 or environ.get("JAX_LOCAL_DEVICE_IDS") or environ.get("JAX_PLATFORMS") == "cpu":
+        return None
+    visible = host.visible_gpus(environ)
+    on_node = int(environ.get("SLURM_GPUS_ON_NODE") or 0)
+    is_bound = bool(environ.get("SLURM_GPUS_PER_TASK")) or visible < on_node
+    if not is_bound and visible < count and "CUDA_VISIBLE_DEVICES" in environ and not on_node:
+        is_bound = visible < host.visible_gpus({})  # by a script around this process
+    if not visible or is_bound:
+        return None
+    share = host.share_of_gpus(visible, count)
+    return list(range(number * share, (number + 1) * share))
 
 
 def _first_node(nodes):

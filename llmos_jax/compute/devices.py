@@ -3,9 +3,11 @@
 import contextlib
 import dataclasses
 import json
+import os
 import time
 
 from llmos_jax.compute import host
+from llmos_jax.errors import ConfigError
 
 _GB, _GIB, _T = 10**9, 2**30, 10**12
 
@@ -86,6 +88,21 @@ def peak_flops(devices, dtype):
         return measure_cpu_flops()
     chip = chip_named(devices[0].device_kind)
     return chip.peak_flops[dtype] * len(devices) if chip and dtype in chip.peak_flops else None
+
+
+def refuse_idle_accelerator():
+    """Raises ConfigError when a GPU or TPU is attached, but JAX has come up on the CPU, unless JAX_PLATFORMS asks for it."""
+    import jax
+
+    if "cpu" in (jax.config.jax_platforms or "").split(","):
+        return
+    gpus = 0 if os.environ.get("CUDA_VISIBLE_DEVICES") == "" else host.visible_gpus({})
+    for is_attached, name, extra in ((gpus, f"{gpus} x NVIDIA GPU", "gpu"), (host.has_tpu(), "TPU", "tpu")):
+        if is_attached:
+            raise ConfigError(
+                f"{name} attached, but this JAX can't use it and would train on the CPU: pip install 'llmos-jax[{extra}]' (see "
+                "JAX's warning above), or ask for the CPU: JAX_PLATFORMS=cpu."
+            )
 
 
 def measure_cpu_flops():

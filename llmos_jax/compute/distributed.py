@@ -101,20 +101,32 @@ def start(config, environ=os.environ):
     with _deadline(config.connect_seconds, _not_all_there(found, config)):
         if found.coordinator and found.process_id:
             _wait_for_coordinator(found.coordinator, config.connect_seconds)
-        jax.distributed.initialize(
-            coordinator_address=found.coordinator,
-            num_processes=found.processes,
-            process_id=found.process_id,
-            local_device_ids=found.local_devices,
-            cluster_detection_method=None if found.coordinator is None else "deactivate",
-            initialization_timeout=int(config.connect_seconds) + 60,  # the deadline above comes first
-            heartbeat_timeout_seconds=int(config.heartbeat_seconds * _BACKSTOP),
-            shutdown_timeout_seconds=60,
-            coordinator_bind_address=found.bind_address,
-        )
+        with _explained(found):
+            jax.distributed.initialize(
+                coordinator_address=found.coordinator,
+                num_processes=found.processes,
+                process_id=found.process_id,
+                local_device_ids=found.local_devices,
+                cluster_detection_method=None if found.coordinator is None else "deactivate",
+                initialization_timeout=int(config.connect_seconds) + 60,  # the deadline above comes first
+                heartbeat_timeout_seconds=int(config.heartbeat_seconds * _BACKSTOP),
+                shutdown_timeout_seconds=60,
+                coordinator_bind_address=found.bind_address,
+            )
     _adopt_runtime()
     host.on_abort(_end_after_abort)
     return count() > 1
+
+
+def check_count():
+    """Raises ConfigError when the devices belong to another number of processes than have joined: it would wait for ever."""
+    import jax
+
+    if jax.process_count() != count():
+        raise ConfigError(
+            f"the devices that JAX sees belong to {jax.process_count()} processes, but {count()} have joined: set "
+            "distributed.cluster=tpu and start the same command on every host of the slice."
+        )
 
 
 def exchange(name, value):
@@ -355,6 +367,20 @@ def _not_all_there(found, config):
         f"{me}: not all processes were connected through {found.coordinator or 'the cluster coordinator'} after "
         f"{config.connect_seconds:g} s (distributed.connect_seconds): start all of them, with the same coordinator and count."
     )
+
+
+@contextlib.contextmanager
+def _explained(found):
+    """Turns JAX's word for a cluster that it finds nowhere into a ConfigError."""
+    try:
+        yield
+    except ValueError as error:
+        if found.coordinator is not None or "defined" not in str(error):
+            raise
+        raise ConfigError(
+            "distributed.cluster=tpu: JAX finds no TPU runtime on this host: is it one of a slice, and is JAX's TPU support "
+            "installed (pip install 'llmos-jax[tpu]')?"
+        ) from error
 
 
 @contextlib.contextmanager

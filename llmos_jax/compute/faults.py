@@ -4,20 +4,22 @@ import os
 import pathlib
 import re
 import signal
+import threading
 import time
 
 from llmos_jax.errors import ConfigError
 
 VARIABLE = "LLMOS_FAULT"
 KINDS = ("kill", "sigterm", "freeze", "stuck")
-_FORM = re.compile(r"(?P<kind>\w+):p(?P<process>\d+):step(?P<step>\d+)")
+_FORM = re.compile(r"(?P<kind>\w+):p(?P<process>\d+):(?P<when>step|save)(?P<step>\d+)")
 
 
 class Faults:
-    """Faults of this process, from text such as `kill:p1:step12,sigterm:p0:step40`.
+    """Faults of this process, from text such as `kill:p1:step12,kill:p0:save20,sigterm:p0:step40`.
 
-    kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP) and stuck (sleeps for ever) strike process `pN` before it
-    dispatches the step. Each strikes once per run directory: a marker file tells the process that is started next.
+    kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP) and stuck (sleeps for ever) strike process `pN`: `stepN` before it
+    dispatches the step, `saveN` as soon as the step's unfinished checkpoint is seen. Each strikes once per run directory: a
+    marker file tells the process that is started next.
     """
 
     def __init__(self, directory, process, text=None):
@@ -26,15 +28,28 @@ class Faults:
         for item in filter(None, (text if text is not None else os.environ.get(VARIABLE, "")).split(",")):
             found = _FORM.fullmatch(item.strip())
             if not found or found["kind"] not in KINDS:
-                raise ConfigError(f"{VARIABLE}={item!r} must be KIND:pPROCESS:stepSTEP, with KIND one of {', '.join(KINDS)}.")
+                raise ConfigError(
+                    f"{VARIABLE}={item!r} must be KIND:pPROCESS:stepSTEP (or saveSTEP), with KIND one of {', '.join(KINDS)}."
+                )
             if int(found["process"]) == process:
-                self._waiting[int(found["step"])] = (found["kind"], item.strip())
+                self._waiting[int(found["step"])] = (found["kind"], found["when"], item.strip())
 
     def strike(self, step):
-        """Does what is planned before `step` is dispatched, if anything is."""
+        """Does what is planned before `step` is dispatched, or for the save after it, if anything is."""
         if step not in self._waiting:
             return
-        kind, name = self._waiting.pop(step)
+        kind, when, name = self._waiting.pop(step)
+        if when == "save":
+            threading.Thread(target=self._strike_in_save, args=(step, kind, name), daemon=True).start()
+        else:
+            self._strike(kind, name)
+
+    def _strike_in_save(self, step, kind, name):
+        while not any(self._directory.glob(f"checkpoints/{step}.orbax-checkpoint-tmp*")):
+            time.sleep(0.0005)
+        self._strike(kind, name)
+
+    def _strike(self, kind, name):
         try:
             (self._directory / f"fault-{name.replace(':', '-')}").touch(exist_ok=False)
         except FileExistsError:

@@ -2,12 +2,16 @@
 
 import contextlib
 import ctypes
+import itertools
 import logging
 import os
 import pathlib
+import re
 import resource
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import threading
 
@@ -15,6 +19,8 @@ from llmos_jax.errors import ConfigError
 
 # prctl's option (linux/prctl.h).
 _PR_SET_PDEATHSIG = 1
+_GOOGLE_PCI_VENDOR = "0x1ae0"
+_ANSWER_SECONDS = 60.0  # the first call of the driver on a host with many GPUs takes long
 _HANDLERS = []  # native code holds no reference to what it calls
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -77,6 +83,42 @@ def cpu_model():
     return "CPU"
 
 
+def visible_gpus(environ=os.environ):
+    """Returns how many NVIDIA GPUs a process with this environment sees: those of CUDA_VISIBLE_DEVICES, else all attached."""
+    named = environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:  # the first word that names no device ends the list: -1, NoDevFiles
+        words = map(str.strip, named.split(","))
+        return sum(1 for _ in itertools.takewhile(re.compile(r"\d|GPU-|MIG-").match, words))
+    try:
+        told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=_ANSWER_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return 0  # no driver, or none that answers: JAX could not use them
+    return len(re.findall(r"^GPU \d+:", told.stdout, re.MULTILINE)) if told.returncode == 0 else 0
+
+
+def share_of_gpus(visible, processes):
+    """Returns how many of the `visible` GPUs each of the processes on a host gets; ConfigError when that is no whole number."""
+    if visible % processes:
+        divisors = [str(n) for n in range(1, visible + 1) if visible % n == 0]
+        raise ConfigError(
+            f"{processes} processes on this host can't share its {visible} GPU(s) evenly: start {', '.join(divisors)} of them, "
+            "or have each see its own ones only (CUDA_VISIBLE_DEVICES, JAX_LOCAL_DEVICE_IDS)."
+        )
+    return visible // processes
+
+
+def has_tpu(root="/"):
+    """Whether TPU chips are attached to this host: device files of older hosts, or PCI devices given to user space."""
+    root = pathlib.Path(root)
+    if any(root.glob("dev/accel[0-9]*")):
+        return True
+    for vendor in root.glob("sys/bus/pci/drivers/vfio-pci/*/vendor"):
+        with contextlib.suppress(OSError):  # unplugged just now
+            if vendor.read_text().strip() == _GOOGLE_PCI_VENDOR:
+                return True
+    return False
+
+
 def process_start(pid):
     """Returns when a process of this host was started, in clock ticks since boot; None when there is none.
 
@@ -96,6 +138,15 @@ def process_start(pid):
     except PermissionError:
         return 0
     return 0
+
+
+def pid_space():
+    """Returns what hosts, their boots and containers differ by: within one, a process number stands for one process."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()
 
 
 def process_age_seconds():

@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from absl import logging
+
 from llmos_jax.compute.pipeline import SCHEDULES
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
@@ -49,6 +51,10 @@ class MeshConfig:
         if 0 in sizes or sizes.count(-1) > 1:
             given = ", ".join(f"mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
             raise ConfigError(f"{given}: sizes are positive, and one of them may be -1 (what is left).")
+        if self.pipeline == 1:
+            for name, idle in (("schedule", "1f1b"), ("microbatches", 0), ("repeats", 1)):
+                if getattr(self, f"pipeline_{name}") != idle:
+                    raise ConfigError(f"mesh.pipeline_{name} has no effect without stages: set mesh.pipeline above 1 too.")
 
 
 def mesh_sizes(config, device_count):
@@ -63,7 +69,8 @@ def mesh_sizes(config, device_count):
         return sizes | {free: device_count // fixed}
     if not free and fixed == device_count:
         return sizes
-    shown = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "of one device"
+    named = {axis: size if size > 0 else "(what is left)" for axis, size in sizes.items()}
+    shown = " x ".join(f"{axis} {size}" for axis, size in named.items() if size != 1) or "of one device"
     raise ConfigError(
         f"mesh {shown} does not fit {device_count} device(s): {_failing_factor(sizes, device_count)}; "
         f"the nearest that fits: {' '.join(f'mesh.{axis}={size}' for axis, size in _nearest(sizes, device_count).items())}."
@@ -110,6 +117,11 @@ def build_mesh(config, devices=None):
     slow = next((axis for axis in _SLOW_AXES if sizes[axis] % slices == 0), None)
     if slow is None:
         raise ConfigError(f"{slices} slices are attached: set mesh.replica={slices}, so that one axis runs between them.")
+    if slow == "data" and config.parameters == "fsdp":
+        logging.warning(
+            "mesh.parameters=fsdp gathers weights over mesh.data, which runs over the slower network between %d slices: "
+            "set mesh.replica=%d.", slices, slices,
+        )  # fmt: skip
     inside = [size // slices if axis == slow else size for axis, size in sizes.items()]
     between = [slices if axis == slow else 1 for axis in sizes]
     laid = mesh_utils.create_hybrid_device_mesh(inside, between, devices, **split)

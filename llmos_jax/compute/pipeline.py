@@ -144,9 +144,14 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
     indices = jnp.arange(stages)
 
     def gradient(shared, stacked, pieces, keys):
-        contexts = lax.map(lambda item: start(shared, *item)[1], (pieces, keys))
         blocks, per_block = _split(stacked, plan)
-        forwards, backwards = _stage_ticks(run, contexts, plan, per_block)
+        forwards, backwards = _stage_ticks(run, plan, per_block)
+
+        def contexts(since, *, is_backward=False):
+            """Returns the contexts of what each stage works on: made anew in every tick, so only so many are alive."""
+            microbatches = _clock(plan, since, is_backward=is_backward)[1]
+            items = jax.tree.map(lambda x: x[microbatches], (pieces, keys))
+            return lax.map(lambda item: start(shared, *item)[1], items)
 
         def tick(has_forward, has_backward, carry, number):
             x, cotangent, ring, of_blocks, of_shared, sums = carry
@@ -154,7 +159,7 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
             if has_forward:
                 entering = _clock(plan, number)[1]
                 fresh, _ = start(shared, _at(pieces, entering), keys[entering])
-                y, ring = forwards(indices, blocks, fresh, x, ring, number)
+                y, ring = forwards(indices, contexts(number - indices), blocks, fresh, x, ring, number)
                 y, x = _stage_constrain(placement, y), _roll(placement, y, 1)
             if has_forward and has_backward:
                 chunk, leaving, _ = _clock(plan, number - (stages - 1))
@@ -173,7 +178,8 @@ def one_forward_one_backward(start, run, finish, plan, placement, constrain):
                         chunk == repeats - 1, with_finish, lambda *same: (last, *same), of_shared, sums
                     )
             if has_backward:
-                of_x, of_blocks = backwards(indices, blocks, last, cotangent, ring, of_blocks, number)
+                context = contexts(_since_backward(plan, indices, number), is_backward=True)
+                of_x, of_blocks = backwards(indices, context, blocks, last, cotangent, ring, of_blocks, number)
                 chunk, started, is_real = _clock(plan, number - (depth - 1) - (stages - 1), is_backward=True)
                 first = jax.tree.map(lambda z: jnp.where(is_real & (chunk == 0), _only(z, 0), 0), of_x)
                 piece, key = _at(pieces, started), keys[started]
@@ -208,34 +214,39 @@ def _ring_slots(plan):
     return 2 * plan.stages * plan.repeats - 1
 
 
-def _stage_ticks(run, contexts, plan, per_block):
+def _since_backward(plan, index, tick):
+    """Returns how long before `tick` the first backward of a stage could begin."""
+    return tick - (plan.stages * plan.repeats - 1) - (plan.stages - 1 - index)
+
+
+def _stage_ticks(run, plan, per_block):
     """Returns what all stages do forward and backward in a tick of 1F1B: functions of one stage, vmapped over all."""
     stages, repeats, slots, depth = plan.stages, plan.repeats, _ring_slots(plan), plan.stages * plan.repeats
 
-    def run_chunk(block, x, chunk, microbatch, index):
-        return run(block, x, _at(contexts, microbatch), (chunk * stages + index) * per_block)
+    def run_chunk(block, x, context, chunk, index):
+        return run(block, x, context, (chunk * stages + index) * per_block)
 
-    def forward_stage(index, blocks, fresh, x, ring, tick):
-        chunk, microbatch, _ = _clock(plan, tick - index)
+    def forward_stage(index, context, blocks, fresh, x, ring, tick):
+        chunk, _, _ = _clock(plan, tick - index)
         x = jax.tree.map(lambda new, old: jnp.where((index == 0) & (chunk == 0), new, old), fresh, x)
         ring = jax.tree.map(lambda r, z: lax.dynamic_update_index_in_dim(r, z, tick % slots, 0), ring, x)
-        return run_chunk(_at(blocks, chunk), x, chunk, microbatch, index), ring
+        return run_chunk(_at(blocks, chunk), x, context, chunk, index), ring
 
-    def backward_stage(index, blocks, last, cotangent, ring, total, tick):
-        since = tick - (depth - 1) - (stages - 1 - index)
-        chunk, microbatch, is_real = _clock(plan, since, is_backward=True)
+    def backward_stage(index, context, blocks, last, cotangent, ring, total, tick):
+        since = _since_backward(plan, index, tick)
+        chunk, _, is_real = _clock(plan, since, is_backward=True)
         born = (since // depth) * depth + chunk * stages + since % stages + index  # the tick of its forward
         is_last = (index == stages - 1) & (chunk == repeats - 1)
         cotangent = jax.tree.map(lambda new, old: jnp.where(is_last, new, old), last, cotangent)
         _, pullback = jax.vjp(
-            lambda block, x: run_chunk(block, x, chunk, microbatch, index), _at(blocks, chunk), _at(ring, born % slots)
+            lambda block, x: run_chunk(block, x, context, chunk, index), _at(blocks, chunk), _at(ring, born % slots)
         )
         of_block, of_x = pullback(cotangent)
         total = jax.tree.map(lambda sum_, new: sum_.at[chunk].add(jnp.where(is_real, new, 0)), total, of_block)
         return of_x, total
 
-    forwards = jax.vmap(forward_stage, (0, 0, None, 0, 0, None), spmd_axis_name="pipeline")
-    return forwards, jax.vmap(backward_stage, (0, 0, None, 0, 0, 0, None), spmd_axis_name="pipeline")
+    forwards = jax.vmap(forward_stage, (0, 0, 0, None, 0, 0, None), spmd_axis_name="pipeline")
+    return forwards, jax.vmap(backward_stage, (0, 0, 0, None, 0, 0, 0, None), spmd_axis_name="pipeline")
 
 
 def cut(tree, microbatches):

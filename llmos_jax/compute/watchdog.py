@@ -34,6 +34,9 @@ class WatchdogConfig:
     """Limits on phases without progress, in seconds; what takes longer ends the process with exit code 75."""
 
     is_on: bool = setting(True, help="end a process that makes no progress (never that of a notebook)")
+    init_seconds: float = setting(
+        1800.0, help="limit of what comes before and after preparing data: devices start there", above=0.0
+    )
     floor_seconds: float = setting(300.0, help="least limit of a training step", above=0.0)
     first_step_seconds: float = setting(1800.0, help="least limit of the first steps: they connect processes", above=0.0)
     steps: float = setting(10.0, help="limit of a training step, in median steps, where that is longer", above=1.0)
@@ -77,6 +80,7 @@ class Watchdog:
                 return max(config.floor_seconds, config.first_step_seconds)
             return max(config.floor_seconds, config.steps * statistics.median(self._durations) * self._in_flight)
         limits = {
+            "init": config.init_seconds,
             "compile": config.compile_seconds,
             "restore": config.restore_seconds,
             "save_block": config.save_seconds,

@@ -6,6 +6,8 @@ be set before JAX starts. `train.compiler_options` adds to them, changes them, o
 
 import dataclasses
 
+from absl import logging
+
 from llmos_jax.compute.devices import chip_named
 
 
@@ -34,16 +36,34 @@ _SPARSE_CORES = (
     Option(_OFFLOAD + "nd_reduce_scatter", True, _DUMP, "reductions over all chips send half: no all-reduces"),
     Option(_OFFLOAD + "all_reduce", True, _MAXTEXT, "sums of gradients of norms, of a replicated model"),
 )
+_NVIDIA = "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance"
+_NOT_MEASURED = "taken from its source, which trains language models by it; not measured here"
+_COMBINED = "xla_gpu_{}_combine_threshold_bytes"
+_PIPELINED = "xla_gpu_enable_pipelined_{}"
+_GPU = (
+    Option("xla_gpu_enable_latency_hiding_scheduler", True, _NVIDIA, _NOT_MEASURED),
+    Option(_COMBINED.format("all_gather"), 2**27, _NVIDIA, _NOT_MEASURED),
+    Option(_COMBINED.format("reduce_scatter"), 2**27, _NVIDIA, _NOT_MEASURED),
+    Option(_COMBINED.format("all_reduce"), 2**27, _NVIDIA, _NOT_MEASURED),
+    Option(_PIPELINED.format("all_gather"), True, _NVIDIA, _NOT_MEASURED),
+    Option(_PIPELINED.format("reduce_scatter"), True, _NVIDIA, _NOT_MEASURED),
+    Option(_PIPELINED.format("all_reduce"), True, _NVIDIA, _NOT_MEASURED),
+    Option("xla_gpu_enable_while_loop_double_buffering", True, _NVIDIA, _NOT_MEASURED),
+)
 # By a chip's name in `devices.CHIPS`, or by platform. What they gave is the share of bytes sent by asynchronous collectives:
 # v5p with GPT-3 175B on 512 chips (data 64 x model 8) and Llama 2 7B on 64 (data 64), v6e with GPT 6.7B on 256.
-OPTIONS = {"TPU v5p": _SPARSE_CORES, "TPU v6e": _SPARSE_CORES}
+# v5e: nothing that was tried made its reduce-scatters asynchronous; the compiler's defaults stay.
+OPTIONS = {"TPU v5p": _SPARSE_CORES, "TPU v6e": _SPARSE_CORES, "TPU v5e": (), "gpu": _GPU, "cpu": ()}
 
 
 def compiler_options(device, overrides=()):
     """Returns {name: value} for programs compiled for `device`, with `overrides` ({name: text}; "none" takes one out)."""
     chip = chip_named(device.device_kind) if device.platform != "cpu" else None
     platform = "gpu" if device.platform in ("cuda", "rocm", "gpu") else device.platform
-    chosen = {option.name: option.value for key in (platform, chip and chip.name) for option in OPTIONS.get(key, ())}
+    keys = [key for key in (platform, chip and chip.name) if key in OPTIONS]
+    if not keys:
+        logging.info("compute/xla.py has no compiler settings for %s: the compiler's defaults hold.", device.device_kind)
+    chosen = {option.name: option.value for key in keys for option in OPTIONS[key]}
     chosen |= {name: _value(text) for name, text in dict(overrides).items()}
     return {name: value for name, value in chosen.items() if value is not None}
 

@@ -1,19 +1,14 @@
 """Batches as a pure function of (seed, step): any process can read any rows of any batch, and resuming is one integer."""
 
-import functools
-import hashlib
 import queue
 import threading
 
 import numpy as np
 
+from llmos_jax.data.mixture import Mixture
+from llmos_jax.data.shuffle import shuffled
 from llmos_jax.data.text import expand
-from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
-
-_ROUNDS = 6
-# A mixture repeats a shuffled pattern of records, in which every source has its share to within one record. It is as long
-# as it takes for the smallest share to be exact to a percent, within these limits.
-_SHORTEST_PATTERN, _LONGEST_PATTERN = 1000, 1_000_000
+from llmos_jax.errors import DataError, DataIdentityMismatch
 
 
 class Loader:
@@ -31,7 +26,10 @@ class Loader:
             if count == 0:
                 raise DataError(f"{store.directory} has no {split} records.")
         self.weights = [weight for _, weight in prepared.stores]
-        self._owner, self._rank, self._shares = _pattern(self.weights, seed)
+        self.max_epochs = list(prepared.max_epochs)
+        self.stages = [[step, list(weights)] for step, weights in prepared.stages]
+        stages = [(step * batch_size, weights) for step, weights in self.stages]
+        self._mixture = Mixture([(0, self.weights), *stages], self.counts, self.max_epochs, seed=seed)
 
     def rows(self, step, start, stop):
         """Returns rows start..stop of the global batch of `step`: a dict of fresh numpy arrays [stop - start, ...].
@@ -42,14 +40,11 @@ class Loader:
 
     def locate(self, examples):
         """Returns (store number, record number) of examples 0, 1, 2, ... of the endless training stream."""
-        period = len(self._owner)
-        turn, slot = examples // period, examples % period
-        owners = self._owner[slot]
+        owners, index = self._mixture.deal(examples)
         records = np.zeros(len(examples), np.int64)
         for number, count in enumerate(self.counts):
             mine = owners == number
-            index = turn[mine] * self._shares[number] + self._rank[slot[mine]]
-            records[mine] = shuffled(index, count, seed=f"{self.seed}/{number}")
+            records[mine] = shuffled(index[mine], count, seed=f"{self.seed}/{number}")
         return owners, records
 
     def evaluation_batches(self, batch_size):
@@ -73,18 +68,20 @@ class Loader:
     @property
     def identity(self):
         """What decides which batch follows which: saved with every checkpoint."""
-        return {
+        identity = {
             "stores": [store.identity for store in self.stores],
             "weights": list(self.weights),
             "seed": self.seed,
             "batch_size": self.batch_size,
         }
+        limits = {"stages": self.stages, "max_epochs": self.max_epochs}
+        return identity | {name: values for name, values in limits.items() if any(values)}
 
     def check_identity(self, saved):
         """Raises DataIdentityMismatch when a position saved with `saved` means other batches here."""
         changed = [
             f"{name}: saved {saved.get(name)!r}, now {value!r}"
-            for name, value in self.identity.items()
+            for name, value in (dict.fromkeys(saved) | self.identity).items()
             if saved.get(name) != value
         ]
         if changed:
@@ -103,20 +100,6 @@ class Loader:
                     parts[name] = np.zeros((len(owners), *values.shape[1:]), np.int32)
                 parts[name][mine] = values
         return expand(parts)
-
-
-def shuffled(index, count, *, seed):
-    """Returns the record that stands at each place `index` of an endless shuffled stream over `count` records.
-
-    Every epoch of `count` places is a true permutation, computed in constant memory: a keyed Feistel network over the
-    next even power of two, walked until it lands inside (Black & Rogaway 2002, "cycle walking").
-    """
-    index = np.asarray(index, np.int64)
-    place = np.empty_like(index)
-    for epoch in np.unique(index // count):
-        mine = index // count == epoch
-        place[mine] = _permute(index[mine] % count, count, _round_keys(seed, int(epoch)))
-    return place
 
 
 class Prefetcher:
@@ -153,55 +136,3 @@ class Prefetcher:
             if item[1] is not None:
                 return
             step += 1
-
-
-@functools.lru_cache(maxsize=64)
-def _round_keys(seed, epoch):
-    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
-    return np.frombuffer(digest, np.uint32)[:_ROUNDS].astype(np.uint64)
-
-
-def _permute(index, count, keys):
-    half = max(1, -(-max(count - 1, 1).bit_length() // 2))
-    mask = np.uint64(2**half - 1)
-    values = index.astype(np.uint64)
-    pending = np.arange(len(values))
-    while len(pending):
-        left, right = values[pending] >> np.uint64(half), values[pending] & mask
-        for key in keys:
-            left, right = right, left ^ (_mix(right, key) & mask)
-        values[pending] = (left << np.uint64(half)) | right
-        pending = pending[values[pending] >= count]
-    return values.astype(np.int64)
-
-
-def _mix(value, key):
-    """Murmur3's 32-bit finaliser of value and key."""
-    low = np.uint64(0xFFFFFFFF)
-    value = (value * np.uint64(0x9E3779B1) + key) & low
-    value = ((value ^ (value >> np.uint64(16))) * np.uint64(0x85EBCA6B)) & low
-    value = ((value ^ (value >> np.uint64(13))) * np.uint64(0xC2B2AE35)) & low
-    return value ^ (value >> np.uint64(16))
-
-
-def _pattern(weights, seed):
-    """Returns (owner of each slot, its rank among its owner's slots, slots of each source) of the mixture's pattern."""
-    if len(weights) == 1:
-        return np.zeros(1, np.int64), np.zeros(1, np.int64), [1]
-    share = np.array(weights) / sum(weights)
-    if share.min() < 1 / _LONGEST_PATTERN:
-        raise ConfigError(
-            f"data.sources: weight {min(weights):g} is {share.min():.1g} of the mixture; the least is 1e-6: raise it or drop "
-            "the source."
-        )
-    period = int(np.clip(np.ceil(100 / share.min()), _SHORTEST_PATTERN, _LONGEST_PATTERN))
-    exact = share * period
-    shares = np.floor(exact).astype(int)
-    shares[np.argsort(shares - exact, kind="stable")[: period - shares.sum()]] += 1
-    owners = np.repeat(np.arange(len(weights)), shares)
-    owners = owners[shuffled(np.arange(len(owners)), len(owners), seed=f"{seed}/mixture")]
-    rank = np.zeros(len(owners), np.int64)
-    for number in range(len(weights)):
-        mine = owners == number
-        rank[mine] = np.arange(mine.sum())
-    return owners, rank, [int(share) for share in shares]

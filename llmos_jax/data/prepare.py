@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -13,10 +14,12 @@ import numpy as np
 from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting
 from llmos_jax.data import sources as sources_lib
+from llmos_jax.data.fertility import Fertility, format_fertility
+from llmos_jax.data.lineage import Lineage, lineage_file
 from llmos_jax.data.sources import SourceConfig
 from llmos_jax.data.store import FORMAT, SPLITS, Store, is_store, write_store
 from llmos_jax.data.text import Packer
-from llmos_jax.data.tokenizer import load_tokenizer, make_tokenizer, pieces
+from llmos_jax.data.tokenizer import TRAINED, load_tokenizer, make_tokenizer, pieces
 from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 
 # BPE merges converge long before this; more text only costs time. The sample is taken in pieces from all over the text.
@@ -26,11 +29,20 @@ TOKENIZER_FILE = "tokenizer.json"
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """From a step on, other weights of the sources."""
+
+    from_step: int = setting(help="first step", at_least=1)
+    weights: tuple[float, ...] = setting(help="weight of each source, in their order; 0: not at all", at_least=0.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer and shape of the records."""
 
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
-    tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE (trained on the sources), or a tokenizer.json")
+    stages: tuple[StageConfig, ...] = setting((), help="curriculum: from which step on which weights count")
+    tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE or unigram:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
     validation_fraction: float = setting(
         0.1, help="share of files (of one text file: its end) for validation", above=0, below=1
@@ -42,14 +54,25 @@ class DataConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("data.sources is empty: name at least one.")
+        steps = [stage.from_step for stage in self.stages]
+        if steps != sorted(set(steps)):
+            raise ConfigError(f"data.stages: from_step must rise from stage to stage, not {steps}.")
+        for number, stage in enumerate(self.stages):
+            if len(stage.weights) != len(self.sources) or not any(stage.weights):
+                raise ConfigError(
+                    f"data.stages[{number}].weights={list(stage.weights)} must have one number for each of "
+                    f"{len(self.sources)} sources, and one above 0."
+                )
 
 
 @dataclasses.dataclass(frozen=True)
 class PreparedData:
-    """Stores with their weights, the tokenizer they share, and the validation text as the yardstick sees it."""
+    """Stores with their weights, limits and stages, the tokenizer they share, and the validation text for the yardstick."""
 
     stores: tuple[tuple[Store, float], ...]
     tokenizer: object
+    max_epochs: tuple[float | None, ...]
+    stages: tuple[tuple[int, tuple[float, ...]], ...] = ()
 
     @property
     def validation_bytes(self):
@@ -82,7 +105,9 @@ def prepare(config, *, log=print):
     for store in stores:
         _check(config, store, tokenizer)
     weights = [source.weight for source in config.sources]
-    return PreparedData(tuple(zip(stores, weights, strict=True)), tokenizer)
+    stages = tuple((stage.from_step, stage.weights) for stage in config.stages)
+    limits = tuple(source.max_epochs for source in config.sources)
+    return PreparedData(tuple(zip(stores, weights, strict=True)), tokenizer, limits, stages)
 
 
 class _Input:
@@ -90,51 +115,59 @@ class _Input:
 
     def __init__(self, source, cache):
         self.source = source
-        self.files = [] if source.path.startswith("tfds:") else sources_lib.list_files(source)
-        self.bytes = sum(file.stat().st_size for file in self.files)
-        self.content = self._tfds_content() if not self.files else self._file_content(cache)
+        self.files = sources_lib.list_files(source)
+        self.bytes = sum(file.size_bytes for file in self.files)
+        self.content = self._content(cache)
 
     def split_of(self, document, fraction):
         digest = hashlib.sha256(os.fsencode(document.key)).digest()
         return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
 
     def documents(self, fraction, log):
-        """Yields (split, text): by document, or for one text file by position (its end is validation).
+        """Yields (split, Document): by document, or for one text file by position (its end is validation).
 
         Of two documents or more no split stays empty: the first document is dealt last, and fills the one that is.
         """
+        documents = sources_lib.read_documents(self.source, self.files, log)
         if sources_lib.is_single_text(self.source, self.files):
-            (document,) = sources_lib.read_documents(self.source, self.files, log)
+            (document,) = documents
             cut = len(document.text) - max(1, round(len(document.text) * fraction))
-            yield "train", document.text[:cut]
-            yield "validation", document.text[cut:]
+            yield "train", dataclasses.replace(document, text=document.text[:cut])
+            yield "validation", dataclasses.replace(document, text=document.text[cut:])
             return
         seen = set()
-        documents = sources_lib.read_documents(self.source, self.files, log)
         first = next(documents)  # there is one: a source without any is an error
         for document in documents:
             split = self.split_of(document, fraction)
             seen.add(split)
-            yield split, document.text
+            yield split, document
         empty = [split for split in SPLITS if split not in seen]
-        yield empty[0] if len(empty) == 1 else self.split_of(first, fraction), first.text
+        yield empty[0] if len(empty) == 1 else self.split_of(first, fraction), first
 
-    def _tfds_content(self):
-        import tensorflow_datasets as tfds
+    def survey(self, fraction, log):
+        """Returns what the manifest says of the texts: documents, bytes, and what gzip makes of the validation split."""
+        documents, sizes, packed = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), _GzipSize()
+        for split, document in self.documents(fraction, log):
+            content = document.text.encode()
+            documents[split] += 1
+            sizes[split] += len(content)
+            if split == "validation":
+                packed.add(content)
+        for split in SPLITS:
+            if not sizes[split]:
+                raise DataError(f"data source {self.source.path} is too small: nothing is left for {split}.")
+        return {
+            "documents": documents,
+            "train_bytes": sizes["train"],
+            "validation_bytes": sizes["validation"],
+            "validation_gzip_bytes": packed.finish(),
+        }
 
-        try:
-            info = tfds.builder(self.source.path.removeprefix("tfds:")).info
-        except (tfds.core.DatasetNotFoundError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"{self.source.path} is no TFDS dataset that is prepared here: {reason}") from None
-        return fingerprint([info.full_name, info.dataset_size, {k: v.num_examples for k, v in info.splits.items()}])
-
-    def _file_content(self, cache):
-        stamps = [[str(f), s.st_size, s.st_mtime_ns] for f in self.files for s in [f.stat()]]
-        note = cache / "hashes" / f"{fingerprint(stamps)}.txt"
+    def _content(self, cache):
+        note = cache / "hashes" / f"{fingerprint([[f.path, f.key, f.size_bytes, f.stamp] for f in self.files])}.txt"
         if note.is_file():
             return note.read_text()
-        content = sources_lib.content_hash(self.source, self.files)
+        content = sources_lib.content_hash(self.files)
         _keep(note, content)
         return content
 
@@ -175,7 +208,7 @@ def _shared_tokenizer(config, folders):
     made_with = Store(folder).manifest.get("tokenizer_setting", tokenizer.name)
     if asked == "byte":
         is_same = tokenizer.name == "byte"
-    elif asked.startswith("bpe:"):  # a small text gives fewer tokens than were asked for
+    elif asked.startswith(TRAINED):  # a small text gives fewer tokens than were asked for
         is_same = asked in (made_with, f"{tokenizer.name}:{tokenizer.vocab_size}")
     else:
         is_same = make_tokenizer(asked, ()).fingerprint == tokenizer.fingerprint
@@ -189,7 +222,7 @@ def _shared_tokenizer(config, folders):
 
 def _tokenizer(config, inputs, cache, log):
     """Returns the tokenizer of the run: made once per content and setting."""
-    if not config.tokenizer.startswith("bpe:"):
+    if not config.tokenizer.startswith(TRAINED):
         return make_tokenizer(config.tokenizer, ())
     key = fingerprint([[i.content for i in inputs], config.tokenizer, config.validation_fraction, FORMAT])
     file = cache / f"tokenizer-{key}.json"
@@ -208,8 +241,8 @@ def _tokenizer_texts(config, inputs, log):
     for item in inputs:
         share = budget / max(item.bytes, budget)  # compressed files hold more than they take: the budget ends them
         seen = used = 0
-        for split, text in item.documents(config.validation_fraction, log=lambda line: None):
-            for piece in pieces(text, _TOKENIZER_PIECE_CHARACTERS) if split == "train" else ():
+        for split, document in item.documents(config.validation_fraction, log=_silent):
+            for piece in pieces(document.text, _TOKENIZER_PIECE_CHARACTERS) if split == "train" else ():
                 if used <= seen * share and used < budget:
                     used += len(piece)
                     yield piece
@@ -218,49 +251,85 @@ def _tokenizer_texts(config, inputs, log):
 
 def _prepare_one(config, item, tokenizer, cache, log):
     """Returns the folder of one raw source's records, writing it if it is not there."""
-    key = fingerprint(
-        [item.content, item.source.text_key, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT]
-    )
+    reading = [item.source.text_key, item.source.format, item.source.repair, item.source.main_content]
+    key = fingerprint([item.content, reading, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT])
     folder = cache / f"records-{key}"
     if is_store(folder):
         return folder
     start = time.perf_counter()
-    texts = {split: [] for split in SPLITS}
-    for split, text in item.documents(config.validation_fraction, log):
-        texts[split].append(text)
-    for split in SPLITS:
-        if not any(texts[split]):
-            raise DataError(f"data source {item.source.path} is too small: nothing is left for {split}.")
-    validation = "".join(texts["validation"]).encode()
-    manifest = {
-        "content": item.content,
-        "source": item.source.path,
-        "tokenizer": tokenizer.fingerprint,
-        "tokenizer_setting": config.tokenizer,
-        "vocab_size": tokenizer.vocab_size,
-        "validation_fraction": config.validation_fraction,
-        "documents": {split: len(texts[split]) for split in SPLITS},
-        "train_bytes": sum(len(text.encode()) for text in texts["train"]),
-        "validation_bytes": len(validation),
-        "validation_gzip_bytes": len(gzip.compress(validation, 9)),
-    }
+    surveyed = item.survey(config.validation_fraction, log)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
-    splits = {split: _records(texts[split], tokenizer, config.length, dtype) for split in SPLITS}
-    files = {TOKENIZER_FILE: json.dumps(tokenizer.to_json())}
-    write_store(folder, splits, length=config.length, dtype=dtype, manifest=manifest, files=files)
+    streams = {split: _Stream(item, split, config, tokenizer, dtype) for split in SPLITS}
+
+    def finish():
+        measured = streams["validation"].fertility.report()
+        log(f"{item.source.path}: {config.tokenizer} on validation text: {format_fertility(measured)}")
+        manifest = surveyed | {
+            "content": item.content,
+            "source": item.source.path,
+            "tokenizer": tokenizer.fingerprint,
+            "tokenizer_setting": config.tokenizer,
+            "tokenizer_report": measured,
+            "vocab_size": tokenizer.vocab_size,
+            "validation_fraction": config.validation_fraction,
+            "tokens": {split: stream.tokens for split, stream in streams.items()},
+        }
+        lineages = {lineage_file(split): stream.lineage.finish() for split, stream in streams.items()}
+        return manifest, lineages | {TOKENIZER_FILE: json.dumps(tokenizer.to_json()).encode()}
+
+    splits = {split: stream.records() for split, stream in streams.items()}
+    write_store(folder, splits, length=config.length, dtype=dtype, finish=finish)
+    counts, sizes = surveyed["documents"], (surveyed["train_bytes"] / 1e6, surveyed["validation_bytes"] / 1e6)
     log(
-        f"{item.source.path}: {manifest['documents']['train']} training documents ({manifest['train_bytes'] / 1e6:.1f} MB), "
-        f"{manifest['documents']['validation']} for validation ({len(validation) / 1e6:.1f} MB), prepared in "
-        f"{time.perf_counter() - start:.1f} s into {folder}"
+        f"{item.source.path}: {counts['train']} training documents ({sizes[0]:.1f} MB), {counts['validation']} for validation "
+        f"({sizes[1]:.1f} MB), prepared in {time.perf_counter() - start:.1f} s into {folder}"
     )
     return folder
 
 
-def _records(texts, tokenizer, length, dtype):
-    packer = Packer(length, tokenizer.end_id, tokenizer.token_byte_lengths, dtype)
-    for tokens in tokenizer.encode_all(texts):
-        yield from packer.add(tokens)
-    yield from packer.finish()
+class _Stream:
+    """One split of a source on its way to records; its documents are read as they are needed, so no text stays in memory."""
+
+    def __init__(self, item, split, config, tokenizer, dtype):
+        self._item, self._split, self._config, self._tokenizer, self._dtype = item, split, config, tokenizer, dtype
+        self.lineage, self.fertility, self.tokens = Lineage(), Fertility(tokenizer), 0
+
+    def records(self):
+        packer = Packer(self._config.length, self._tokenizer.end_id, self._tokenizer.token_byte_lengths, self._dtype)
+        for tokens in self._tokenizer.encode_all(self._texts()):
+            self.tokens += len(tokens)
+            if self._split == "validation":
+                self.fertility.add_tokens(tokens)
+            self.lineage.place(self.tokens)
+            yield from packer.add(tokens)
+        yield from packer.finish()
+
+    def _texts(self):
+        for split, document in self._item.documents(self._config.validation_fraction, _silent):
+            if split == self._split:
+                self.lineage.add(document.key)
+                if split == "validation":
+                    self.fertility.add_text(document.text)
+                yield document.text
+
+
+class _GzipSize:
+    """How many bytes `gzip -9` makes of a text that comes in parts."""
+
+    def __init__(self):
+        self._sink = io.BytesIO()
+        self._file = gzip.GzipFile(fileobj=self._sink, mode="wb", compresslevel=9, mtime=0)
+
+    def add(self, content):
+        self._file.write(content)
+
+    def finish(self):
+        self._file.close()
+        return self._sink.tell()
+
+
+def _silent(line):
+    """Says nothing: what a source leaves out was told when it was surveyed."""
 
 
 def _check(config, store, tokenizer):

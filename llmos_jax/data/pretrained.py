@@ -47,9 +47,9 @@ class PretrainedTokenizer:
         self.end_id = self._end_id()
         self.begin_id = self._token_id("bos_token")
         self._bytes = self._token_bytes(ids, trees[TOKENIZER_FILE].get("decoder") or {})
-        if MODEL_FILE in files and GENERATION_FILE not in self.files:  # the end tokens, where nothing else has them
-            kept = {"eos_token_id": sorted(self.end_ids)}
-            self.files[GENERATION_FILE] = json.dumps(kept)
+        if GENERATION_FILE not in files and self.end_ids - {self._token_id("eos_token")}:
+            # Named by config.json alone, which is not kept.
+            self.files[GENERATION_FILE] = json.dumps({"eos_token_id": sorted(self.end_ids)})
 
     @property
     def fingerprint(self):

@@ -18,17 +18,18 @@ from llmos_jax.data.text import segment_dtype
 from llmos_jax.errors import DataError
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "validation")
 _TEMPORARY = ".tmp-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_store(directory, splits, *, length, dtype, manifest, files):
+def write_store(directory, splits, *, length, dtype, finish):
     """Writes `splits` ({name: iterator of records}) as a TFDS dataset with its manifest, all or nothing.
 
-    Records are dicts of tokens [length + 1], segments [length + 1] and target_bytes (see `text.Packer`). The manifest
-    gains the files of each split with their sizes and record counts; `files` ({name: text}) are laid beside it.
+    Records are dicts of tokens [length + 1], segments [length + 1] and target_bytes (see `text.Packer`). When they are
+    written, `finish()` returns (manifest, files): the manifest gains the files of each split with their sizes and record
+    counts; `files` ({name: bytes}) are laid beside it.
     A process that dies leaves only a temporary folder, which the next writer on this host removes. DataError when the
     disk is full.
     """
@@ -72,10 +73,11 @@ def write_store(directory, splits, *, length, dtype, manifest, files):
             shards[name] = [
                 {"name": file, "records": records, "bytes": (built / file).stat().st_size} for file, records in sorted(counts)
             ]
+        manifest, files = finish()
         content = manifest | {"format": FORMAT, "length": length, "dtype": np.dtype(dtype).name, "files": shards}
         (built / MANIFEST_FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-        for name, text in files.items():
-            (built / name).write_text(text, "utf-8")
+        for name, file in files.items():
+            (built / name).write_bytes(file)
         try:
             built.rename(directory)
         except OSError:

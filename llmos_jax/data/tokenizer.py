@@ -1,4 +1,4 @@
-"""Tokenizers: plain bytes, or byte-level BPE trained on the corpus (the `tokenizers` library)."""
+"""Tokenizers: plain bytes, or byte-level BPE or Unigram trained on the corpus (the `tokenizers` library)."""
 
 import itertools
 import json
@@ -12,6 +12,8 @@ from llmos_jax.data.decoding import BYTES, StreamDecoder, decode, digest, token_
 from llmos_jax.data.pretrained import ENVELOPE, SETTINGS_FILE, PretrainedTokenizer, files_beside, read_model
 from llmos_jax.errors import ConfigError, DataError
 
+# Settings that begin so name a tokenizer that is trained, and its size.
+TRAINED = ("bpe:", "unigram:")
 END_TEXT = "<|endoftext|>"
 # What the library is given at a time: its encodings take some 150 bytes a character.
 _BATCH_CHARACTERS = 4_000_000
@@ -77,16 +79,15 @@ class ByteTokenizer:
         return _files(model)
 
 
-class BPETokenizer:
-    """Byte-level BPE (Radford et al. 2019): any text round-trips exactly, whatever it contains.
+class SubwordTokenizer:
+    """Byte-level BPE (Radford et al. 2019) or Unigram (Kudo 2018): any text round-trips exactly, whatever it contains.
 
     `model`: a `tokenizers.Tokenizer` whose vocabulary holds the end token as a special one.
     """
 
-    name = "bpe"
-
     def __init__(self, model):
         self._model = model
+        self.name = type(model.model).__name__.lower()
         self._model.encode_special_tokens = True  # the end token's spelling inside a text is just text
         self.vocab_size = model.get_vocab_size()
         self.end_id = model.token_to_id(END_TEXT)
@@ -154,45 +155,52 @@ class BPETokenizer:
 
 
 def train_bpe(texts, vocab_size):
-    """Returns a BPETokenizer of `vocab_size` tokens (256 bytes and the end token included) trained on `texts`."""
+    """Returns a SubwordTokenizer of `vocab_size` tokens (256 bytes and the end token included) trained on `texts`."""
+    return _train("BPE", "BpeTrainer", texts, vocab_size)
+
+
+def train_unigram(texts, vocab_size):
+    """Returns a SubwordTokenizer like `train_bpe`'s, whose tokens are the likeliest pieces of words."""
+    return _train("Unigram", "UnigramTrainer", texts, vocab_size)
+
+
+def _train(model, trainer, texts, vocab_size):
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < 257:
-        raise ConfigError(f"data.tokenizer=bpe:{vocab_size} is too small: bytes and the end token need 257.")
+        raise ConfigError(f"data.tokenizer={model.lower()}:{vocab_size} is too small: bytes and the end token need 257.")
     if vocab_size > _MOST_TOKENS:
-        raise ConfigError(f"data.tokenizer=bpe:{vocab_size} is too large: {_MOST_TOKENS} tokens at most.")
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    return BPETokenizer(model)
+        raise ConfigError(f"data.tokenizer={model.lower()}:{vocab_size} is too large: {_MOST_TOKENS} tokens at most.")
+    tokenizer = Tokenizer(getattr(models, model)())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    settings = dict(vocab_size=vocab_size, special_tokens=[END_TEXT], show_progress=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(texts, getattr(trainers, trainer)(initial_alphabet=alphabet, **settings))
+    return SubwordTokenizer(tokenizer)
 
 
 def expected_vocab_size(spec):
     """Returns how many tokens the tokenizer of setting `data.tokenizer` will have, at most, without any text."""
     kind, _, size = spec.partition(":")
-    return int(size) if kind == "bpe" and size.isdecimal() else make_tokenizer(spec, ()).vocab_size
+    return int(size) if f"{kind}:" in TRAINED and size.isdecimal() else make_tokenizer(spec, ()).vocab_size
 
 
 def make_tokenizer(spec, texts):
-    """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE" (trained on `texts`) or a tokenizer.json.
+    """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE", "unigram:SIZE" or a tokenizer.json.
 
-    `texts` is only iterated when a tokenizer is trained.
+    `texts` is only iterated when a tokenizer is trained: by the second and third.
     """
     kind, _, size = spec.partition(":")
     if spec == "byte":
         return ByteTokenizer()
-    if kind == "bpe" and size.isdecimal():
-        return train_bpe(texts, int(size))
+    if f"{kind}:" in TRAINED and size.isdecimal():
+        return {"bpe": train_bpe, "unigram": train_unigram}[kind](texts, int(size))
     if pathlib.Path(spec).exists():
         return load_tokenizer(spec)
-    raise ConfigError(f"data.tokenizer={spec!r} must be byte, bpe:SIZE (for example bpe:4096) or an existing tokenizer.json.")
+    raise ConfigError(
+        f"data.tokenizer={spec!r} must be byte, bpe:SIZE (for example bpe:4096), unigram:SIZE or an existing tokenizer.json."
+    )
 
 
 def load_tokenizer(path):
@@ -210,7 +218,7 @@ def load_tokenizer(path):
     beside = files_beside(path)
     if beside:
         return PretrainedTokenizer(beside | {"tokenizer.json": content}, path)
-    return BPETokenizer(read_model(content, path))
+    return SubwordTokenizer(read_model(content, path))
 
 
 def pieces(text, size):

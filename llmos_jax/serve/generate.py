@@ -48,7 +48,7 @@ class Generator:
             self._engine.release()
 
     def generate(self, params, prompts, sampling, on_text=lambda row, text: None):
-        """Returns one Generation per prompt; `on_text(row, text)` is called with every piece as it appears.
+        """Returns one Generation per prompt (text, or its tokens); `on_text(row, text)` is called with every piece of text.
 
         Every row draws from its own random stream, so a prompt's continuation does not depend on its neighbours. Raises
         ConfigError when a prompt does not fit the model's context.
@@ -66,7 +66,7 @@ class Generator:
         return [state.finish() for state in states]
 
     def _prompt(self, text, index):
-        ids = self.tokenizer.prompt(text).tolist()
+        ids = self.tokenizer.prompt(text).tolist() if isinstance(text, str) else [int(token) for token in text]
         if len(ids) >= self.config.context:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens; the model's context is {self.config.context}: shorten the prompt."

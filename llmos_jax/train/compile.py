@@ -53,8 +53,8 @@ def whole_arrays(handle, placement, rows, length):
     """Returns ({name: dimensions} of arrays that no device should hold whole while the rules shard them, names left out).
 
     These are every sharded parameter with all of its layers; one layer of those that are sharded by more than what FSDP
-    gathers again; and all logits of the rows that one device has. Left out are those that can't be told from activations by
-    their dimensions, because one is the number of tokens that a device has.
+    gathers again; and all logits of those of `rows`, which are computed at a time, that one device has. Left out are those
+    that can't be told from activations by their dimensions, because one is the number of tokens that a device has.
     """
     found = {}
     gathered = set(placement.mesh_axes("batch")) | set(placement.mesh_axes("length"))

@@ -116,8 +116,8 @@ def train(
     when another process of the run is gone.
     """
     directory = pathlib.Path(directory)
-    check_batch(settings, placement)
     handle = states.describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
+    check_batch(settings, placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
     account = TimeAccount(on_change=watchdog.mark)
     if launched is not None:

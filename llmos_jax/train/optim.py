@@ -14,6 +14,9 @@ import optax
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 
+# Settings of the moments that an optimizer has not.
+_WITHOUT_EFFECT = {"adafactor": ("beta1", "beta2", "epsilon"), "lion": ("epsilon",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
@@ -45,6 +48,12 @@ class OptimConfig:
     def __post_init__(self):
         if self.schedule == "wsd" and self.warmup + self.decay > 1:
             raise ConfigError(f"optim.warmup={self.warmup} + optim.decay={self.decay} exceed the whole training (1.0).")
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name in _WITHOUT_EFFECT.get(self.name, ()):
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(
+                    f"optim.{name}={getattr(self, name)} has no effect with optim.name={self.name}: leave it out."
+                )
 
 
 def schedule(config, progress):

@@ -80,13 +80,19 @@ class ModelHandle:
 def describe_model(build, placement):
     """Returns the ModelHandle of `build(rngs=...)` without allocating a parameter.
 
-    Raises ConfigError when a parameter's dimension can't be laid over its mesh axis.
+    Raises ConfigError when a parameter's dimension can't be laid over its mesh axis, or the expert axis finds no experts.
     """
     model = jax.eval_shape(lambda: build(rngs=nnx.Rngs(params=0)))
     graphdef, state = nnx.split(model)
     infos = jax.tree.map(_info, state, is_leaf=_is_variable)
     infos = nnx.to_pure_dict(infos) if isinstance(infos, nnx.State) else infos
     shapes = nnx.to_pure_dict(state)
+    axes = {axis for info in jax.tree.leaves(infos) for axis in info.axes}
+    if placement.mesh.shape["expert"] > 1 and "experts" not in axes:
+        raise ConfigError(
+            f"mesh.expert={placement.mesh.shape['expert']}, and the model has no experts: set model.experts, or mesh.data "
+            "in its place."
+        )
     names = jax.tree_util.tree_map_with_path(lambda path, _: leaf_name(path), shapes)
     shardings = []
     for where in (placement, placement.for_optimizer):

@@ -1,17 +1,19 @@
 """Processes find each other, agree, and say clearly when they can't."""
 
+import http.server
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from llmos_jax import errors
-from llmos_jax.compute import clusters, distributed
+from llmos_jax.compute import clusters, distributed, host
 from llmos_jax.compute.distributed import DistributedConfig
 from llmos_jax.compute.faults import Faults
 from llmos_jax.compute.watchdog import Watchdog, WatchdogConfig
@@ -58,9 +60,6 @@ def test_where_processes_are_named():
     slurm = find(SLURM)
     assert (slurm.coordinator, slurm.processes, slurm.process_id) == (f"gpu007:{61440 + 4242 % 4096}", 4, 2)
     assert find(SLURM | {"SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "0"}).bind_address.startswith("127.0.0.1:")
-    shared = {"SLURM_STEP_TASKS_PER_NODE": "4", "SLURM_LOCALID": "2", "CUDA_VISIBLE_DEVICES": "0,1,2,3"}
-    assert find(SLURM | shared).local_devices == [2] and slurm.local_devices is None
-    assert find(SLURM | shared | {"SLURM_GPUS_PER_TASK": "1"}).local_devices is None
     mpi = find(MPI)
     assert (mpi.processes, mpi.process_id) == (2, 1) and re.fullmatch(r"127\.0\.0\.1:6\d{4}", mpi.coordinator)
     across = find(MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, coordinator="10.0.0.1:7000")
@@ -68,6 +67,151 @@ def test_where_processes_are_named():
     for tpu in (find({"TPU_WORKER_HOSTNAMES": "a,b"}), find({"MEGASCALE_NUM_SLICES": "2"}), find({}, cluster="tpu")):
         assert tpu.coordinator is None and tpu.processes is None
         assert tpu.bind_address.endswith(":8482") and not tpu.bind_address.startswith(("[::]", "0.0.0.0"))
+
+
+def slurm_task(tasks, local, **more):
+    return SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks, "SLURM_LOCALID": str(local), "JAX_PLATFORMS": ""} | more
+
+
+def mpi_rank(count, local, **more):
+    sizes = {"OMPI_COMM_WORLD_SIZE": str(count), "OMPI_COMM_WORLD_LOCAL_SIZE": str(count)}
+    return MPI | sizes | {"OMPI_COMM_WORLD_RANK": str(local), "OMPI_COMM_WORLD_LOCAL_RANK": str(local)} | more
+
+
+FOUR, EIGHT = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}
+
+
+@pytest.mark.parametrize(
+    ("environ", "own"),
+    [
+        (slurm_task("1(x4)", 0, **FOUR), None),  # all that it sees
+        (slurm_task("4", 2, **FOUR), [2]),
+        (slurm_task("2(x4)", 1, **EIGHT), [4, 5, 6, 7]),  # else half of them would idle
+        (slurm_task("1(x3),2", 1, **FOUR, SLURM_NODEID="3"), [2, 3]),
+        (slurm_task("4", 2, **FOUR, SLURM_GPUS_PER_TASK="1"), None),
+        (slurm_task("4", 2, CUDA_VISIBLE_DEVICES="0", SLURM_GPUS_ON_NODE="4"), None),  # bound to its own by Slurm
+        (slurm_task("4", 2, **FOUR) | {"JAX_PLATFORMS": "cpu"}, None),
+        (slurm_task("4", 2, CUDA_VISIBLE_DEVICES="NoDevFiles"), None),
+        (mpi_rank(2, 1, **EIGHT), [4, 5, 6, 7]),
+        (mpi_rank(2, 1), [4, 5, 6, 7]),  # eight attached
+        (mpi_rank(2, 1, CUDA_VISIBLE_DEVICES="1"), None),  # by a script around it
+        (mpi_rank(2, 1, JAX_LOCAL_DEVICE_IDS="3"), None),
+        (mpi_rank(2, 1) | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:70"}, [4, 5, 6, 7]),
+    ],
+)
+def test_processes_of_a_host_share_its_gpus_evenly(environ, own, nvidia_smi):
+    nvidia_smi(8)
+    assert find(environ).local_devices == own
+
+
+@pytest.mark.parametrize("environ", [slurm_task("3", 0, **FOUR), mpi_rank(3, 0), slurm_task("2", 0, SLURM_GPUS_ON_NODE="1")])
+def test_gpus_that_can_not_be_shared_evenly_are_refused(environ, nvidia_smi):
+    nvidia_smi(1 if "SLURM_GPUS_ON_NODE" in environ else 8)
+    with pytest.raises(ConfigError, match=r"\d processes on this host can't share its \d GPU\(s\) evenly: start 1"):
+        find(environ)
+
+
+def test_an_accelerator_that_jax_can_not_use_is_not_passed_over(nvidia_smi, monkeypatch):
+    import jax
+
+    from llmos_jax.compute import devices
+
+    nvidia_smi(2)
+    devices.refuse_idle_accelerator()  # JAX_PLATFORMS=cpu asks for the CPU
+    monkeypatch.setattr(type(jax.config), "jax_platforms", property(lambda self: None), raising=False)
+    with pytest.raises(ConfigError, match=r"2 x NVIDIA GPU attached, .*llmos-jax\[gpu\]"):
+        devices.refuse_idle_accelerator()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    devices.refuse_idle_accelerator()
+    monkeypatch.setattr(host, "has_tpu", lambda: True)
+    with pytest.raises(ConfigError, match=r"TPU attached, .*llmos-jax\[tpu\]"):
+        devices.refuse_idle_accelerator()
+
+
+def test_tpu_chips_are_found_as_old_and_new_hosts_show_them(tmp_path):
+    assert not host.has_tpu(tmp_path)
+    (tmp_path / "dev" / "accel").mkdir(parents=True)  # a laptop's NPU
+    device = tmp_path / "sys/bus/pci/drivers/vfio-pci/0000:00:05.0"
+    device.mkdir(parents=True)
+    (device / "vendor").write_text("0x10de\n")
+    assert not host.has_tpu(tmp_path)
+    (device / "vendor").write_text("0x1ae0\n")
+    assert host.has_tpu(tmp_path)
+    (device / "vendor").unlink()
+    (tmp_path / "dev" / "accel0").touch()
+    assert host.has_tpu(tmp_path)
+
+
+@pytest.fixture
+def metadata_server():
+    """Returns what starts a stand-in for a Cloud TPU VM's metadata server, which answers {attribute: text}; its address."""
+    servers = []
+
+    def start(attributes):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                text = attributes.get(self.path.removeprefix("/computeMetadata/v1/instance/attributes/"))
+                is_asked_well = text is not None and self.headers["Metadata-Flavor"] == "Google"
+                self.send_response(200 if is_asked_well else 404)
+                self.end_headers()
+                self.wfile.write((text or "").encode())
+
+            def log_message(self, *_):
+                pass
+
+        servers.append(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return f"127.0.0.1:{servers[-1].server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+ONE, TWO = "unknown:unknown:10.0.0.1", "unknown:unknown:10.0.0.1,unknown:unknown:10.0.0.2"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "is_many"),
+    [
+        ({"worker-network-endpoints": TWO, "tpu-env": "ACCELERATOR_TYPE: 'v5p-16'\n"}, True),
+        ({"worker-network-endpoints": ONE, "tpu-env": "A: 'b'\nMEGASCALE_NUM_SLICES: '2'\n"}, True),
+        ({"worker-network-endpoints": ONE, "tpu-env": "MEGASCALE_NUM_SLICES: '1'\n"}, False),
+        ({}, False),  # Colab
+    ],
+)
+def test_hosts_of_a_cloud_tpu_slice_are_named_by_its_metadata_server(attributes, is_many, metadata_server, monkeypatch):
+    """No environment variable tells an ssh session on one that there are others."""
+    environ = {"GCE_METADATA_IP": metadata_server(attributes)}
+    assert find(environ) is None  # no TPU is attached: nobody is asked
+    monkeypatch.setattr(host, "has_tpu", lambda: True)
+    found = find(environ)
+    assert (found is not None) == is_many
+    if is_many:
+        assert found.coordinator is None and found.bind_address.endswith(":8482")
+    assert find(environ | {"TPU_SKIP_MDS_QUERY": "1"}) is None
+    assert find({"GCE_METADATA_IP": "127.0.0.1:1"}) is None
+
+
+def test_devices_of_processes_that_have_not_joined_are_refused(tmp_path, monkeypatch):
+    import jax
+
+    from llmos_jax import api
+
+    settings, _ = api.load_settings("experiments/gpt.py:smoke")
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(ConfigError, match=r"belong to 4 processes, but 1 have joined: set distributed.cluster=tpu"):
+        api.run_training(settings, tmp_path)
+
+
+def test_a_host_without_a_tpu_runtime_is_no_host_of_a_slice(tmp_path):
+    done = subprocess.run(
+        llmos(tmp_path, distributed__cluster="tpu"), env=os.environ | {"TPU_SKIP_MDS_QUERY": "1"}, capture_output=True,
+        text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 78 and "JAX finds no TPU runtime on this host" in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -245,7 +389,8 @@ def test_phases_have_limits_of_their_own(tmp_path):
     next(watching).mark("compile")
     assert next(watching) == []
     watchdog = Watchdog(WatchdogConfig(floor_seconds=5.0, steps=10.0), tmp_path / "log.txt")
-    assert watchdog.limit_seconds("step") == WatchdogConfig().first_step_seconds and watchdog.limit_seconds("init") is None
+    assert watchdog.limit_seconds("step") == WatchdogConfig().first_step_seconds and watchdog.limit_seconds("prepare") is None
+    assert watchdog.limit_seconds("init") == WatchdogConfig().init_seconds  # it waits for other hosts' chips, perhaps for ever
     for _ in range(3):
         watchdog.measured(8.0, steps=4)  # 2 s a step, 4 of them waited for at once
     assert watchdog.limit_seconds("step") == 10 * 2.0 * 4
@@ -261,6 +406,14 @@ def test_faults_strike_once_per_run_directory(tmp_path, monkeypatch):
             faults.strike(step)
     assert struck == [(os.getpid(), 9), (os.getpid(), 19)]
     Faults(tmp_path / "other", 0, "").strike(3)
+    Faults(tmp_path, 1, "kill:p1:save8").strike(8)  # waits in the background until the save has begun
+    assert len(struck) == 2
+    (tmp_path / "checkpoints" / "8.orbax-checkpoint-tmp").mkdir(parents=True)
+    deadline = time.monotonic() + 60
+    while len(struck) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert struck[2] == (os.getpid(), 9)
     for text in ("kill", "kill:p1", "explode:p1:step3", "kill:1:3"):
         with pytest.raises(ConfigError, match="LLMOS_FAULT"):
             Faults(tmp_path, 0, text)

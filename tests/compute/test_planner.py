@@ -238,7 +238,7 @@ def test_a_plan_for_a_tpu(compiler):
     """In small what is done for GPT-3: FSDP x tensor parallelism, nothing whole, every large collective asynchronous."""
     choices = {
         "model.width": 1024, "model.heads": 8, "model.layers": 8, "model.remat": "full", "model.context": 1024,
-        "data.length": 1024, "data.tokenizer": "bpe:32000", "train.batch_size": 64, "mesh.parameters": "fsdp",
+        "data.length": 1024, "data.tokenizer": "bpe:32000", "train.batch_size": 96, "mesh.parameters": "fsdp",
         "mesh.data": 16, "mesh.model": 4, "optim.gradient_dtype": "bfloat16", "optim.name": "adamw",
     }  # fmt: skip
     overrides = [(name, str(value)) for name, value in choices.items()]

@@ -12,7 +12,8 @@ from llmos_jax.errors import ConfigError, DataError
 
 TEXTS = ["def f(x):\n    return x + 1\n", "naïve café ☕ 你好", "import os, sys\n"] * 20
 BPE = lib.train_bpe(TEXTS, 300)
-BOTH = pytest.mark.parametrize("tokenizer", [lib.ByteTokenizer(), BPE], ids=["byte", "bpe"])
+UNIGRAM = lib.train_unigram(TEXTS, 300)
+BOTH = pytest.mark.parametrize("tokenizer", [lib.ByteTokenizer(), BPE, UNIGRAM], ids=["byte", "bpe", "unigram"])
 
 
 @BOTH

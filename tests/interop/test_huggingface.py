@@ -126,7 +126,7 @@ def test_older_configs_mean_the_same():
 
 
 def test_other_files_are_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for source, words in [
         ("hf:/no/such/folder", "there is no folder /no/such/folder"),
         ("hf:name", "no OWNER/NAME of the hub"),
@@ -144,6 +144,17 @@ def test_other_files_are_named(tmp_path, monkeypatch):
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(DataError, match="as pickle"):
         huggingface.read_checkpoint(f"hf:{tmp_path}")
+
+
+def test_names_of_the_hub_are_found_in_its_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--owner--small"
+    write_folder(repository / "snapshots" / "0123abcd", "llama")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abcd")
+    for source in ("hf:owner/small", "hf:owner/small@main"):
+        assert huggingface.read_checkpoint(source).architecture.name == "LlamaForCausalLM"
 
 
 def test_a_tokenizer_must_fit(tmp_path):

@@ -23,6 +23,7 @@ MASKS = {
     "causal+segments": {"segments": True},
     "window+segments": {"window": 70, "segments": True},
 }
+SOFTCAP = {"softcap": 1.5, "window": 9, "segments": True}
 ON_TPU = types.SimpleNamespace(platform="tpu", mesh=None)
 ON_GPU = types.SimpleNamespace(platform="gpu", mesh=None)
 
@@ -66,12 +67,12 @@ def assert_equal(actual, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, e, atol=tolerance * max(1.0, float(jnp.abs(e).max())), rtol=0, err_msg=name)
 
 
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("mask", [*MASKS, "softcap"])
 def test_reference_is_the_definition(mask):
-    masks = dict(MASKS[mask])
+    masks = dict(MASKS.get(mask, SOFTCAP))
     query, key, value, _ = (np.asarray(x, np.float64) for x in inputs(23, 2))
     segments = np.asarray(segments_of(23)) if masks.get("segments") else np.zeros((2, 23))
-    expected = np.zeros_like(query)
+    expected, softcap = np.zeros_like(query), masks.get("softcap")
     for b, i, h in np.ndindex(2, 23, 4):
         seen = [
             j
@@ -80,7 +81,8 @@ def test_reference_is_the_definition(mask):
             and j > i - masks.get("window", 99)
             and segments[b, i] == segments[b, j]
         ]
-        weights = np.exp(key[b, seen, h // 2] @ query[b, i, h] / 4.0)
+        scores = key[b, seen, h // 2] @ query[b, i, h] / 4.0
+        weights = np.exp(softcap * np.tanh(scores / softcap) if softcap else scores)
         expected[b, i, h] = weights @ value[b, seen, h // 2] / weights.sum()
     np.testing.assert_allclose(run("reference", inputs(23, 2), **masks)[0], expected, atol=1e-5)
 
@@ -102,6 +104,23 @@ def test_kernels_equal_the_reference(mask, repeats, length):
     for implementation in ("cudnn", "splash"):
         with pytest.raises(ConfigError, match=f"{implementation}.*the devices are cpu"):
             run(implementation, tensors, **MASKS[mask])
+
+
+def test_softcap_with_what_it_can_be_with(interpreted_splash):
+    for length, implementation, placement in ((130, "blocked", None), (128, "splash", ON_TPU)):
+        tensors = inputs(length, 2, groups=1)
+        expected = run("reference", tensors, **SOFTCAP)
+        assert_equal(run(implementation, tensors, placement=placement, **SOFTCAP), expected)
+    query, key, value, _ = tensors
+    with pytest.raises(ConfigError, match="'xla' has no softcap"):
+        attend(query, key, value, softcap=1.5, implementation="xla")
+    with pytest.raises(ConfigError, match="a softcap can't be cut over the context axis"):
+        attend(query, key, value, softcap=1.5, placement=make_placement(MeshConfig(context=8)))
+    automatic = attend(query, key, value, softcap=1.5, placement=ON_GPU)
+    np.testing.assert_array_equal(automatic, attend(query, key, value, softcap=1.5, implementation="blocked"))
+    cache, start = (key.swapaxes(1, 2), value.swapaxes(1, 2)), jnp.zeros(2, jnp.int32)
+    cached = jax.jit(functools.partial(attend_cached, softcap=1.5, window=9))(query, *cache, start)
+    np.testing.assert_allclose(cached, run("reference", tensors, softcap=1.5, window=9)[0], atol=1e-5)
 
 
 @pytest.fixture

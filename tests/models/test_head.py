@@ -19,8 +19,9 @@ def inputs():
     return hidden, weight, targets, jax.random.uniform(keys[3], (B, L)) * (targets % 3 > 0)
 
 
-def reference(hidden, weight, targets, weights, z_loss):
+def reference(hidden, weight, targets, weights, z_loss, softcap=None):
     logits = jnp.einsum("BLD,VD->BLV", hidden, weight)
+    logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
     lse = jax.nn.logsumexp(logits, -1)
     nll = lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
     correct = (logits.argmax(-1) == targets) * weights
@@ -41,6 +42,19 @@ def test_value_and_gradients(chunk, z_loss):
     theirs = jax.grad(lambda h, w: 0.5 * reference(h, w, targets, weights, z_loss)[0], (0, 1))(hidden, weight)
     for a, b in zip(mine, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_capped_logits():
+    hidden, weight, targets, weights = inputs()
+
+    def ours(h, w):
+        return head.cross_entropy(h, w, targets, weights, z_loss=0.1, softcap=2.0, chunk=3)[0]
+
+    def theirs(h, w):
+        return reference(h, w, targets, weights, 0.1, 2.0)[0]
+
+    for mine, plain in zip(*(jax.jit(jax.value_and_grad(f, (0, 1)))(hidden, weight) for f in (ours, theirs)), strict=True):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), mine, plain)
 
 
 @pytest.mark.parametrize("mesh", [(8, 1), (1, 8), (4, 2)])

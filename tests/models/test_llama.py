@@ -139,14 +139,26 @@ def test_gradients_written_by_hand():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), got, expected)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, model=2, context=2), MeshConfig(data=4, model=2, parameters="fsdp")])
-def test_sharded_equals_one_device(mesh):
+# Layers that differ: three with a window and rotary positions of their own, one without.
+MIXED = dataclasses.replace(SMALL, layers=4, window=6, global_layers=(2,), window_rope=RopeConfig(base=50.0), is_qk_normed=True)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "config"),
+    [
+        (MeshConfig(data=2, model=2, context=2), SMALL),
+        (MeshConfig(data=4, model=2, parameters="fsdp"), SMALL),
+        (MeshConfig(data=2, pipeline=2, model=2, pipeline_microbatches=2), MIXED),
+        (MeshConfig(data=4, context=2), dataclasses.replace(MIXED, execution="scan")),
+    ],
+)
+def test_sharded_equals_one_device(mesh, config):
     ones = jnp.tile(jnp.arange(24, dtype=jnp.int32), (8, 1))
     batch = {"tokens": ones, "targets": ones + 1, "positions": ones, "segments": jnp.ones_like(ones)}
     batch["weights"] = jnp.ones(ones.shape, jnp.float32)
     found = []
     for where in (None, mesh):
-        handle, params = make(mesh=where)
+        handle, params = make(config, mesh=where)
         order = handle.placement.length_order(24)
         laid = {name: value if order is None else value[:, order] for name, value in batch.items()}
         loss = jax.jit(jax.value_and_grad(lambda p, b, handle=handle: handle.merge(p).loss(b)[0]))
@@ -165,11 +177,43 @@ def test_sizes_are_what_was_published(size, parameters):
     assert llama.parameter_count(dataclasses.replace(settings.model, vocab_size=vocab)) == parameters
 
 
+def test_layers_that_differ_are_what_their_settings_say():
+    """A model with mixed layers is the plain one where all layers have the window, or none has."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 96, (2, 20)))
+    found = {}
+    for name, changes in {
+        "mixed, scanned": dict(execution="scan"),
+        "mixed, unrolled": dict(execution="unroll"),
+        "none": dict(window=None, global_layers=(), window_rope=None),
+        "mixed, one rope, wide": dict(window=20, window_rope=None),
+        "all": dict(global_layers=()),
+        "one layer all": dict(global_layers=(0, 1, 2, 3)),
+    }.items():
+        handle, params = make(dataclasses.replace(MIXED, **changes))
+        logits = jax.jit(lambda p, t, h=handle: h.merge(p).logits(h.merge(p).hidden(t, jnp.arange(20)[None].repeat(2, 0))))
+        found[name] = np.asarray(logits(params, tokens))
+    largest = np.abs(found["none"]).max()
+
+    def distance(one, other):
+        return np.abs(found[one] - found[other]).max() / largest
+
+    assert distance("mixed, scanned", "mixed, unrolled") < 1e-5
+    assert distance("none", "mixed, one rope, wide") < 1e-5
+    assert distance("none", "one layer all") < 1e-5
+    assert min(distance("mixed, scanned", other) for other in ("none", "all")) > 1e-2
+
+
 def test_wrong_settings_are_refused():
     for tree, words in [
+        ({"global_layers": (1,)}, "exceptions to a window"),
+        ({"window": 4, "global_layers": (3,)}, "exceptions to a window"),
+        ({"window_rope": RopeConfig()}, "model.window_rope without model.window"),
+        ({"experts": 2, "activation": "gelu"}, "model.experts have silu"),
+        ({"rope": RopeConfig(scaling="longrope", short_factors=(1.0,))}, "rope.short_factors has 1 numbers"),
         ({"width": 30}, "model.width=30 is not divisible by model.heads=4"),
         ({"kv_heads": 3}, "model.heads=4 is not divisible by model.kv_heads=3"),
         ({"head_width": 7}, "heads are 7 wide"),
+        ({"rope": RopeConfig(share=0.1)}, "of which rope.share=0.1 is 0"),
         ({"remat": "full", "execution": "unroll"}, "model.execution=unroll with model.remat"),
     ]:
         with pytest.raises(ConfigError, match=words):

@@ -2,10 +2,18 @@
 
 import json
 import math
+import runpy
+import shlex
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from llmos_jax import api, main
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.train.settings import check_batch
+from tests.gang import TINY
 
 STEPS = 6
 
@@ -69,10 +77,34 @@ def test_what_can_not_be_compared_says_why(make_run, tmp_path):
         assert done.returncode == 2 and words in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
+COMPARE = runpy.run_path("scripts/compare.py")
+
+
+def documented():
+    """Returns the words of each command in the script's docstring."""
+    text = COMPARE["__doc__"].replace("\\\n", " ")
+    return [shlex.split(line)[2:] for line in text.splitlines() if line.strip().startswith("python scripts/compare.py")]
+
+
+@pytest.mark.parametrize("words", documented(), ids=lambda words: words[-1])
+def test_documented_commands_are_runs_that_can_be_made(words):
+    args = COMPARE["make_parser"]().parse_args(words)
+    if args.runs:
+        assert len(args.runs) == 2 and not args.left and not args.right
+        return
+    for side in (args.left, args.right):
+        flags = [word for word in shlex.split(side) if not word.startswith("@")] + shlex.split(args.common)
+        rest, values, overrides = main._parse(["llmos", *flags])
+        settings, _ = api.load_settings(values.config, overrides)
+        check_batch(settings, make_placement(settings.mesh, jax.devices()[: args.devices or 1]))
+        assert not rest
+
+
 @pytest.mark.timeout(900)
 def test_it_runs_two_meshes_itself():
-    common = "--common=--config=experiments/gpt.py:smoke --config.train.steps=3 --config.train.evaluate_every_steps=none"
-    sides = ["--left=--config.mesh.data=1 --config.mesh.model=2", "--right=--config.mesh.data=2"]
-    done = compare(common, *sides, "--devices=2", "--tolerance=1e-5", timeout=880)
+    """The documented command, for three steps of a smaller model."""
+    (words,) = [words for words in documented() if any(word.startswith("--devices") for word in words)]
+    quick = "".join(f" --config.{name}={value}" for name, value in (TINY | {"train.steps": 3}).items())
+    done = compare(*[word + quick if word.startswith("--common") else word for word in words], timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "train/loss: 3 steps in common" in done.stdout

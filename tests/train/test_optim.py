@@ -36,3 +36,9 @@ def test_wsd_is_flat_then_falls():
 def test_wsd_that_does_not_fit_is_refused():
     with pytest.raises(ConfigError, match="exceed"):
         OptimConfig(schedule="wsd", warmup=0.6, decay=0.5)
+
+
+@pytest.mark.parametrize(("name", "choices"), [("adafactor", dict(beta2=0.99)), ("lion", dict(epsilon=1e-6))])
+def test_settings_without_effect_are_refused(name, choices):
+    with pytest.raises(ConfigError, match=f"has no effect with optim.name={name}"):
+        OptimConfig(name=name, **choices)

@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llmos_jax.compute import pipeline, planner
+from llmos_jax.compute import memory, pipeline, planner
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import gpt
+from llmos_jax.models import gpt, llama
 from llmos_jax.train import optim, state
 from tests.train.test_step import MODEL, Trainer, assert_close, make_batches
 
+ROTATED = llama.Config(vocab_size=128, context=32, width=64, layers=4, heads=8, mlp=128, execution="scan")
 # Scanned, so that a stage's program is compiled once and not once a layer.
 DEEP = dataclasses.replace(MODEL, layers=4, execution="scan")
 
@@ -59,6 +60,16 @@ def test_every_schedule_gives_the_numbers_of_one_device(mesh, choices, single):
     assert_close(trainer.params(), params, 1e-5)
     weight = trainer.state.params["stack"]["blocks"]["up"]["weight"]
     assert {shard.data.shape[0] for shard in weight.addressable_shards} == {DEEP.layers // mesh["pipeline"]}
+
+
+def test_positions_of_a_microbatch_go_with_it():
+    """A Llama's blocks are given rotations by position, which 1F1B computes anew for what each stage works on."""
+    single = Trainer(model=ROTATED, family=llama)
+    piped = Trainer(model=ROTATED, family=llama, mesh=MeshConfig(pipeline=2, data=4, pipeline_microbatches=4))
+    batches = make_batches(2)
+    for batch in batches:
+        batch["positions"] = np.random.default_rng(0).integers(0, 32, batch["positions"].shape, np.int32)
+    np.testing.assert_allclose(piped.run(batches), single.run(batches), rtol=1e-5)
 
 
 def test_dropout_is_that_of_accumulation():
@@ -109,6 +120,33 @@ def test_what_rematerialisation_repeats_in_a_pipeline():
     assert products("matmuls", "1f1b") == products("none", "1f1b")
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+def test_memory_and_ticks_of_the_program(schedule):
+    """What the compiler plans and what the program does, for few and many microbatches of one size."""
+    model, temporaries = dataclasses.replace(ROTATED, remat="full"), {}
+    for microbatches in (4, 16):
+        mesh = MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule, pipeline_microbatches=microbatches)
+        trainer = Trainer(model=model, mesh=mesh, family=llama)
+        plan = trainer.placement.pipeline
+        rows = 16 * microbatches
+        where = trainer.placement.sharding("batch", "length")
+        batch = {
+            name: jax.ShapeDtypeStruct((rows, DEEP.context), value.dtype, sharding=where)
+            for name, value in make_batches(1)[0].items()
+            if value.ndim == 2
+        }
+        traced = trainer.step.trace(trainer.state, batch, jnp.float32(0))
+        lengths = [eqn.params["length"] for eqn in traced.jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
+        if schedule == "1f1b":  # ticks that are forward alone, both, backward alone
+            alone = plan.stages - 1
+            assert lengths == [alone, plan.ticks - alone, alone]
+        else:
+            assert lengths.count(plan.ticks) == 2  # forward and backward
+        temporaries[microbatches] = memory.compiled_bytes(traced.lower().compile())["temporaries"]
+    grown = temporaries[16] / temporaries[4]
+    assert grown < 1.05 if schedule == "1f1b" else grown > 1.5
+
+
 def test_few_microbatches_are_allowed_and_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         plan = pipeline.make_plan("1f1b", 4, 1, 2)
@@ -123,6 +161,7 @@ def test_few_microbatches_are_allowed_and_warned_of(caplog):
         (dict(pipeline=2, pipeline_repeats=2, pipeline_microbatches=3), "microbatches=3 is not divisible by mesh.pipeline=2"),
         (dict(pipeline=2, pipeline_schedule="gpipe", pipeline_repeats=2), "gpipe has one block per stage"),
         (dict(pipeline=2, pipeline_schedule="circular"), "circular at least two"),
+        (dict(pipeline=1, pipeline_microbatches=8), "pipeline_microbatches has no effect without stages"),
     ],
     ids=str,
 )

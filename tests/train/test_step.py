@@ -25,11 +25,11 @@ ROWS, LENGTH = 16, 32
 class Trainer:
     """The smallest use of the step's parts."""
 
-    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20):
+    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20, family=gpt):
         # A large epsilon: some gradients are zero but for rounding (biases of keys), and Adam would blow those up.
         self.config = config or optim.OptimConfig(learning_rate=1e-2, epsilon=1e-3)
         self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
-        self.handle = state.describe_model(functools.partial(gpt.build, model, self.placement), self.placement)
+        self.handle = state.describe_model(functools.partial(family.build, model, self.placement), self.placement)
         optimizer = optim.make_optimizer(self.config, self.handle.infos)
         with_ema = self.config.ema is not None
         self.state = state.init_state(self.handle, optimizer, self.placement, 0, with_ema=with_ema)
@@ -194,6 +194,18 @@ def test_gradients_are_reduced_in_the_dtype_asked_for(single):
     np.testing.assert_allclose(rounded, losses, rtol=1e-2)
     assert rounded != losses
     assert trainer.state.params["embedding"].dtype == jnp.float32
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(config=dataclasses.replace(config, gradient_dtype=dtype), mesh=MeshConfig(data=8))
+        traced = trainer.step.trace(trainer.state, trainer.place(make_batches(1)[0]), jnp.float32(0))
+        shape = trainer.state.params["stack"]["blocks"]["up"]["weight"].shape
+        laid = [eqn.invars[0].aval for eqn in traced.jaxpr.jaxpr.eqns if eqn.primitive.name == "sharding_constraint"]
+        # The constraint is where the gradient is summed over devices.
+        assert [x.dtype.name for x in laid if x.shape == shape] == [dtype]
+
+
+def test_experts_have_an_axis_only_where_there_are_experts():
+    with pytest.raises(ConfigError, match="mesh.expert=2, and the model has no experts"):
+        Trainer(mesh=MeshConfig(expert=2, data=4))
 
 
 @pytest.mark.parametrize("choices", [dict(execution="scan"), dict(remat="full"), dict(remat="matmuls")], ids=str)

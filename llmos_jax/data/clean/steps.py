@@ -55,6 +55,8 @@ class Step:
 
     version: raised whenever the code of a step changes what it finds; results of other versions are not reused.
     libraries: distributions whose version decides what it finds.
+    reads_attributes: whether it looks at the attributes of the steps before it (`Documents.attributes`, `STEP/attribute`), as
+      far as the last global one; they are not there otherwise.
     """
 
     step: str = setting("", help="step")
@@ -62,6 +64,7 @@ class Step:
 
     version: typing.ClassVar[int] = 1
     libraries: typing.ClassVar[tuple[str, ...]] = ()
+    reads_attributes: typing.ClassVar[bool] = False
 
     @property
     def name(self):

@@ -14,6 +14,7 @@ from llmos_jax.errors import ConfigError
 
 @pytest.fixture(autouse=True)
 def steps_of_this_file(monkeypatch):
+    steps_lib.step_names()  # the modules of the package register once
     monkeypatch.setattr(steps_lib, "_STEPS", dict(steps_lib._STEPS))
     for cls in (Length, Upper, SameText):
         register(cls)

@@ -1,0 +1,83 @@
+"""What comes out of a shard: its clean documents, the removed ones with their reasons, and what was cut out of texts."""
+
+import json
+
+import numpy as np
+
+from llmos_jax.data.clean.objects import SMALL
+
+# What steps note for the runner's own use.
+_INTERNAL = ("covered", "is_blank", "utf8_bytes")
+KINDS = ("documents", "removed", "cut")
+
+
+def write_shard(objects, key, shard, source, layers, state, attributes):
+    """Writes the clean documents, the removed ones and the cuts of a shard.
+
+    attributes: [[step, name of its arrays]]. Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}.
+    """
+    documents = objects.read_documents(shard)
+    reasons = objects.read_arrays(state)["reasons"] if state else np.full(len(documents), "")
+    order = {step: number for number, (step, _) in enumerate(attributes)}
+    split = [reason.partition(": ") for reason in reasons.tolist()]
+    # The number of the step that removed each document: what later steps once found about it is not shown.
+    ended = np.array([order[step] if step else len(order) for step, _, _ in split], np.int64)
+    cuts = _apply_layers(objects, documents, layers, attributes, ended)
+    found = {step: objects.read_arrays(name) for step, name in attributes}
+    is_here = reasons == ""
+    result, names = {}, []
+
+    def write(kind, columns, utf8_bytes):
+        name = f"output/{key}-{kind}.parquet"
+        objects.write_table(name, columns, SMALL)
+        result[kind] = {"name": name, "documents": len(columns["key"]), "utf8_bytes": int(np.sum(utf8_bytes))}
+        names.append(name)
+
+    if is_here.any():
+        kept = documents.select(is_here)
+        columns = _columns(kept, source)
+        for step, arrays in found.items():
+            for name, values in arrays.items():
+                if name not in _INTERNAL:
+                    columns[f"{step}/{name}"] = values[is_here] if values.dtype.kind != "U" else values[is_here].tolist()
+        write("documents", columns, kept.utf8_bytes)
+    if not is_here.all():
+        gone = documents.select(~is_here)
+        columns = _columns(gone, source)
+        columns["step"] = [step for step, _, _ in split if step]
+        columns["reason"] = [reason for step, _, reason in split if step]
+        places = np.flatnonzero(~is_here)
+        columns["attributes"] = [_one(found[step], place) for step, place in zip(columns["step"], places, strict=True)]
+        write("removed", columns, gone.utf8_bytes)
+    if cuts["key"]:
+        write("cut", cuts, [len(text.encode()) for text in cuts["removed"]])
+    return {kind: result.get(kind) for kind in KINDS} | {"objects": names}
+
+
+def _columns(documents, source):
+    metadata = [json.dumps(item, sort_keys=True, ensure_ascii=False) for item in documents.metadata]
+    return {"key": documents.keys, "source": [source] * len(documents), "text": documents.texts, "metadata": metadata}
+
+
+def _one(arrays, place):
+    values = {name: array[place].item() for name, array in arrays.items() if name not in _INTERNAL}
+    return json.dumps(values, sort_keys=True, ensure_ascii=False)
+
+
+def _apply_layers(objects, documents, layers, attributes, ended):
+    """Changes texts as the layers say, each up to the step that removed its document; returns the columns of what was cut."""
+    names = [name.removesuffix(".npz") for _, name in attributes]
+    rows = []
+    for layer in layers:
+        number = names.index(layer)
+        columns = objects.read_table(f"{layer}.parquet")
+        for place, text, cut in sorted(zip(columns["place"], columns["text"], columns["removed"], strict=True), key=_place):
+            if cut is not None and ended[place] >= number:
+                rows.append((documents.keys[place], attributes[number][0], cut))
+            if text is not None and ended[place] > number:
+                documents.texts[place] = text
+    return {name: [row[number] for row in rows] for number, name in enumerate(("key", "step", "removed"))}
+
+
+def _place(row):
+    return row[0]

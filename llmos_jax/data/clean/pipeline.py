@@ -1,0 +1,196 @@
+"""From sources to a clean dataset folder: what is done in which order, whoever runs the tasks.
+
+    hash files -> read groups of files into shards -> stages of steps -> write; global steps lie between stages as
+    emit (each shard) -> reduce (each range of hashes) -> finish (once)
+
+Every task's result is kept under a name that tells its inputs, so that going on after a kill, new files, and other
+thresholds are the same thing: only what is not there is done.
+"""
+
+import dataclasses
+import time
+
+from llmos_jax.compute import host
+from llmos_jax.config import fingerprint, setting, to_plain
+from llmos_jax.data.clean import exchange
+from llmos_jax.data.clean.dataset import write_version
+from llmos_jax.data.clean.objects import Objects, Task
+from llmos_jax.data.clean.reading import check_bad, group_files, hash_task, read_task, shards_of, source_names
+from llmos_jax.data.clean.runner import ProcessRunner
+from llmos_jax.data.clean.steps import parse_steps
+from llmos_jax.data.sources import SourceConfig, list_files
+from llmos_jax.errors import ConfigError, DataError
+
+CACHE = "cache"
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What is cleaned, by which steps, and how the work is cut."""
+
+    sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to clean; of duplicates the first source's stays")
+    steps: tuple = setting((), help="list of steps, each {step: NAME, setting: value, ...}", parser=parse_steps)
+    name: str = setting("dataset", help="name of the dataset")
+    shard_bytes: int = setting(16 << 20, help="characters of text of a shard; a worker holds one at a time", at_least=1)
+    max_document_bytes: int = setting(64 << 20, help="longest document that is read, bytes", at_least=1)
+    on_corrupt: str = setting("skip", help="bad files and records: stop, or leave them out", choices=("error", "skip"))
+    max_corrupt: int = setting(1000, help="bad files and records that may be left out", at_least=0)
+    workers: int | None = setting(None, help="processes; none: one for each core", at_least=1)
+    runner: str = setting(
+        "processes", help="who runs the tasks: processes of this host, or Apache Beam", choices=("processes", "beam")
+    )
+    beam_options: tuple[str, ...] = setting((), help="Beam's own options, as --runner=FlinkRunner")
+
+    def __post_init__(self):
+        if not self.sources:
+            raise ConfigError("sources is empty: name at least one.")
+
+
+def prepare_dataset(config, directory, *, log=print):
+    """Cleans the sources of a PrepareConfig into a dataset folder; returns its newest version, a `dataset.Version`.
+
+    What was done before, by this or another version of the settings, is not done again. Raises ConfigError and DataError,
+    naming files and records; after either, and after being killed, the same call goes on.
+    """
+    start = time.perf_counter()
+    objects = Objects(directory / CACHE)
+    objects.remove_leftovers()
+    with make_runner(config, objects.root) as runner:
+        shards, names, inputs = _read(config, objects, runner, log)
+        plan = _Plan(config, objects, runner, shards, names, log)
+        for steps in _stages(config.steps):
+            plan.run(steps)
+        outputs = plan.write()
+    version = write_version(directory, config, inputs, plan.funnel, outputs)
+    log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
+    return version
+
+
+def make_runner(config, root):
+    """Returns the runner that the settings name, a context manager with `run(tasks, label)`."""
+    if config.runner == "beam":
+        from llmos_jax.data.clean.beam import BeamRunner
+
+        return BeamRunner(root, config.beam_options, config.workers or host.cores())
+    return ProcessRunner(root, config.workers or host.cores())
+
+
+def _read(config, objects, runner, log):
+    """Returns (Shards, source names, what the manifest says of the inputs)."""
+    names = source_names(config.sources)
+    listed = [list_files(source) for source in config.sources]
+    groups = [(number, group) for number, files in enumerate(listed) for group in group_files(files, config.shard_bytes)]
+    hashed = runner.run([hash_task(group) for _, group in groups], "hashing files")
+    hashes = [result["hashes"] for result in hashed]
+    tasks = [
+        read_task(config.sources[number], names[number], group, contents, config)
+        for (number, group), contents in zip(groups, hashes, strict=True)
+    ]
+    results = runner.run(tasks, "reading")
+    bad, messages = check_bad(results, config)
+    for message in messages[:3]:
+        log(f"left out: {message}")
+    if bad:
+        log(f"{bad} files or records were bad and are left out (the manifest names them).")
+    shards = shards_of(results, [number for number, _ in groups])
+    if not shards:
+        raise DataError(f"no source holds any text: {', '.join(source.path for source in config.sources)}.")
+    rows = [
+        [names[number], file.key, file.path, file.size_bytes, content]
+        for (number, group), contents in zip(groups, hashes, strict=True)
+        for file, content in zip(group, contents, strict=True)
+    ]
+    return shards, names, {"names": names, "files": rows, "bad": messages, "bad_count": bad}
+
+
+def _stages(steps):
+    """Returns the steps in runs that one shard can go through alone: a global step begins the one that follows it."""
+    stages = [[]]
+    for step in steps:
+        if step.is_global:
+            stages.append([])
+        stages[-1].append(step)
+    return [stage for stage in stages if stage]
+
+
+class _Plan:
+    """The shards on their way through the stages."""
+
+    def __init__(self, config, objects, runner, shards, names, log):
+        self.objects, self.runner, self.shards, self.names, self.log = objects, runner, shards, names, log
+        self.layers, self.states = [[] for _ in shards], [None] * len(shards)
+        self.attributes = [[] for _ in shards]
+        sizes = {"documents": sum(s.documents for s in shards), "utf8_bytes": sum(s.utf8_bytes for s in shards)}
+        self.funnel = [{"step": "read", "documents_in": None, "utf8_bytes_in": None, "removed": {}} | sizes]
+
+    def run(self, steps):
+        """Takes all shards through a stage."""
+        trees = to_plain(steps)
+        findings = self._exchange(steps[0], trees[0]) if steps[0].is_global else [None] * len(self.shards)
+        tasks = []
+        for number, shard in enumerate(self.shards):
+            arguments = {
+                "shard": shard.name,
+                "layers": self.layers[number],
+                "state": self.states[number],
+                "steps": trees,
+                "findings": findings[number],
+            }
+            key = fingerprint([arguments, [step.fingerprint for step in steps]])
+            tasks.append(Task("stage", f"stages/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
+        results = self.runner.run(tasks, ", ".join(step.name for step in steps))
+        for number, result in enumerate(results):
+            self.layers[number], self.states[number] = result["layers"], result["state"]
+            self.attributes[number] += result["attributes"]
+        for entries in zip(*(result["funnel"] for result in results), strict=True):
+            self.funnel.append(_add(entries))
+            self.log(_line(self.funnel[-1]))
+
+    def write(self):
+        """Writes what came out of every shard; returns its {kind: file} in order."""
+        tasks = []
+        for number, shard in enumerate(self.shards):
+            arguments = {
+                "shard": shard.name,
+                "source": self.names[shard.source],
+                "layers": self.layers[number],
+                "state": self.states[number],
+                "attributes": self.attributes[number],
+            }
+            key = fingerprint(arguments)
+            tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
+        return self.runner.run(tasks, "writing")
+
+    def _exchange(self, step, tree):
+        """Returns [name, start, stop] of the findings of a global step for every shard."""
+        emitting = [
+            exchange.emit_task(shard, layers, state, tree, step.fingerprint)
+            for shard, layers, state in zip(self.shards, self.layers, self.states, strict=True)
+        ]
+        emitted = self.runner.run(emitting, f"{step.name}: looking")
+        reducing = exchange.reduce_tasks(self.objects, self.shards, self.states, emitted, tree, step.fingerprint)
+        reduced = self.runner.run(reducing, f"{step.name}: comparing")
+        count = sum(shard.documents for shard in self.shards)
+        (finished,) = self.runner.run([exchange.finish_task(reduced, tree, step.fingerprint, count)], f"{step.name}: joining")
+        return [[finished["name"], shard.start, shard.start + shard.documents] for shard in self.shards]
+
+
+def _add(entries):
+    """Returns the sum of the funnel entries of one step over shards."""
+    total = {"step": entries[0]["step"], "removed": {}}
+    for name in ("documents_in", "utf8_bytes_in", "documents", "utf8_bytes"):
+        total[name] = sum(entry[name] for entry in entries)
+    for entry in entries:
+        for reason, sizes in entry["removed"].items():
+            old = total["removed"].get(reason, [0, 0])
+            total["removed"][reason] = [a + b for a, b in zip(old, sizes, strict=True)]
+    total["removed"] = dict(sorted(total["removed"].items()))
+    return total
+
+
+def _line(entry):
+    """Returns one line on what a step left, and why the most went."""
+    worst = sorted(entry["removed"].items(), key=lambda item: -item[1][0])[:3]
+    why = "".join(f"; {reason} {count:,}" for reason, (count, _) in worst)
+    share = entry["documents"] / entry["documents_in"] if entry["documents_in"] else 1.0
+    return f"{entry['step']:>24}: {entry['documents']:,} documents ({share:.1%}), {entry['utf8_bytes'] / 1e6:,.1f} MB{why}"

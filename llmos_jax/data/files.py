@@ -1,0 +1,198 @@
+"""Files of a source, here or behind a URL that fsspec knows, compressed or not; damage and early ends are errors."""
+
+import bz2
+import dataclasses
+import difflib
+import gzip
+import hashlib
+import io
+import lzma
+import os
+import pathlib
+import zlib
+
+from llmos_jax.config import fingerprint
+from llmos_jax.errors import ConfigError, DataError
+
+TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
+_CHUNK = 1 << 18
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What Hugging Face's `save_to_disk` lays beside its .arrow files.
+_BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
+# All that decompression and reading raise on damage.
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceFile:
+    """One file of a source.
+
+    path: local path or URL. key: path below the source's root, with which the keys of its documents begin.
+    size_bytes: as it lies there. stamp: changes whenever the content may have changed.
+    """
+
+    path: str
+    key: str
+    size_bytes: int
+    stamp: str
+
+    def __str__(self):
+        return self.path
+
+    @property
+    def stem(self):
+        """The lower-case name without the ending of its compression."""
+        name = self.path.rsplit("/", 1)[-1].lower()
+        return next((name.removesuffix(ending) for ending in _COMPRESSED if name.endswith(ending)), name)
+
+    def open_raw(self):
+        """Returns a binary stream of the bytes as they lie there."""
+        if not is_remote(self.path):
+            return open(self.path, "rb")
+        return _file_system(self.path)[0].open(self.path)
+
+    def open(self):
+        """Returns a binary stream of the decompressed content; damage shows as one of `DAMAGE` while it is read."""
+        raw, name = self.open_raw(), self.path.lower()
+        if name.endswith(".gz"):
+            return gzip.GzipFile(fileobj=raw)
+        if name.endswith(".bz2"):
+            return bz2.BZ2File(raw)
+        if name.endswith(".xz"):
+            return lzma.LZMAFile(raw)
+        if name.endswith(".zst"):
+            return io.BufferedReader(_ZstdFile(raw, self.path), _CHUNK)
+        return raw
+
+    def content_hash(self):
+        """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read.
+
+        TFDS and clean datasets have it in their own records already.
+        """
+        if self.path.startswith((TFDS, DATASET)):
+            return self.stamp
+        try:
+            with self.open_raw() as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest()
+        except OSError as error:
+            return f"unreadable {error.errno}"
+
+
+class _ZstdFile(io.RawIOBase):
+    """A zstandard file of any number of frames, whose damage and early end are errors (the library's reader ends quietly)."""
+
+    def __init__(self, raw, path):
+        try:
+            import zstandard
+        except ImportError:
+            raise missing_extra("zstandard", path) from None
+        self._library, self._raw = zstandard, raw
+        self._frame, self._rest, self._ready = None, b"", memoryview(b"")
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        while not self._ready:
+            data = self._rest or self._raw.read(_CHUNK)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a compressed frame")
+                return 0
+            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            try:
+                self._ready = memoryview(self._frame.decompress(data))
+            except self._library.ZstdError as error:
+                raise OSError(str(error)) from None
+            self._rest = self._frame.unused_data if self._frame.eof else b""
+            if self._frame.eof:
+                self._frame = None
+        count = min(len(buffer), len(self._ready))
+        buffer[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def close(self):
+        self._raw.close()
+        super().close()
+
+
+def is_remote(path):
+    """Whether a path is a URL (`gs://...`, `s3://...`, `memory://...`), read through fsspec."""
+    return "://" in path
+
+
+def list_path(path):
+    """Returns the SourceFiles of a file, of all files below a folder, or of a URL of either, in a fixed order.
+
+    Hidden files are passed over. ConfigError names what does not exist, DataError a folder without files.
+    """
+    files = _list_remote(path) if is_remote(path) else _list_local(path)
+    if not files:
+        raise DataError(f"data source {path} is an empty folder.")
+    arrow = {_parent(file.key) for file in files if file.path.endswith(".arrow")}
+    is_beside = [_parent(file.key) in arrow and file.key.rsplit("/", 1)[-1] in _BESIDE_ARROW for file in files]
+    is_listing = [arrow and file.key == "dataset_dict.json" for file in files]
+    return [file for file, *skips in zip(files, is_beside, is_listing, strict=True) if not any(skips)]
+
+
+def list_local(files, root):
+    """Returns the SourceFiles of paths below `root`."""
+    listed = []
+    for file in files:
+        status = file.stat()
+        # Names that are not UTF-8 are spelled with escapes: keys go into files.
+        key = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
+        listed.append(SourceFile(str(file), key, status.st_size, str(status.st_mtime_ns)))
+    return listed
+
+
+def missing_extra(module, what):
+    """Returns the ConfigError for a library that `what` needs and that is not installed."""
+    return ConfigError(f"{what} needs {module}: pip install 'llmos-jax[data]'.")
+
+
+def _list_local(text):
+    path = pathlib.Path(text).expanduser()
+    if path.is_file():
+        return list_local([path], path.parent)
+    if path.is_dir():
+        found = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path).parts))
+        return list_local(found, path)
+    parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
+    near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
+    hint = f"; did you mean {parent / near[0]}?" if near else ""
+    raise ConfigError(f"data source {text!r} does not exist{hint}")
+
+
+def _list_remote(url):
+    system, root = _file_system(url)
+    if not system.exists(root):
+        raise ConfigError(f"data source {url!r} does not exist.")
+    is_file = system.isfile(root)
+    found = {root: system.info(root)} if is_file else system.find(root, detail=True)
+    base = _parent(root) if is_file else root.rstrip("/")
+    listed = []
+    for path in sorted(found):
+        key, info = path.removeprefix(base).lstrip("/"), found[path]
+        if not _is_hidden(key.split("/")):
+            names = ("etag", "ETag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "created")
+            stamp = fingerprint([str(info.get(name)) for name in names])
+            listed.append(SourceFile(system.unstrip_protocol(path), key, int(info.get("size") or 0), stamp))
+    return listed
+
+
+def _file_system(url):
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"data source {url!r} can't be reached: {error}") from None
+
+
+def _parent(path):
+    return path.rpartition("/")[0]
+
+
+def _is_hidden(parts):
+    return any(part.startswith(".") for part in map(os.fsdecode, parts))

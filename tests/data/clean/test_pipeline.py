@@ -1,0 +1,476 @@
+"""The pipeline: the same bytes for any workers, shards and kills; changed inputs and thresholds; bad input; versions."""
+
+import dataclasses
+import gzip
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llmos_jax.config import parse, setting, to_plain
+from llmos_jax.data.clean import pipeline, runner
+from llmos_jax.data.clean import steps as steps_lib
+from llmos_jax.data.clean.dataset import collect_garbage, compare, is_dataset, list_versions, lookup, open_dataset, verify
+from llmos_jax.data.clean.documents import Documents
+from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
+from llmos_jax.data.clean.steps import Filter, Global, Transform, apply_step, parse_steps, register, threshold
+from llmos_jax.errors import ConfigError, DataError
+
+
+@dataclasses.dataclass(frozen=True)
+class Vowels(Filter):
+    """Documents with too few vowels."""
+
+    step: str = setting("vowels_of_test", help="step", choices=("vowels_of_test",))
+    least: float = threshold(0.2, help="share of vowels")
+
+    calls = []
+
+    def annotate(self, documents, findings=None):
+        self.calls.append(list(documents.keys))
+        shares = [sum(c in "aeiou" for c in text) / len(text) for text in documents.texts]
+        return {"vowels": np.array(shares, np.float32), "first": np.array([text[0] for text in documents.texts], str)}
+
+    def decide(self, attributes):
+        return np.where(attributes["vowels"] < self.least, "few vowels", "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut(Transform):
+    """Cuts lines that begin with a mark."""
+
+    step: str = setting("cut_of_test", help="step", choices=("cut_of_test",))
+    mark: str = setting("-", help="begin of lines that are cut")
+
+    def transform(self, documents, findings=None):
+        lines = [text.split("\n") for text in documents.texts]
+        cuts = [[line for line in text if line.startswith(self.mark)] for text in lines]
+        texts = ["\n".join(line for line in text if not line.startswith(self.mark)) for text in lines]
+        return texts, {"cut": np.array([len(cut) for cut in cuts], np.int32)}, ["\n".join(cut) or None for cut in cuts]
+
+
+@dataclasses.dataclass(frozen=True)
+class Same(Global, Filter):
+    """Keeps the first of equal texts."""
+
+    step: str = setting("same_of_test", help="step", choices=("same_of_test",))
+
+    def emit(self, documents):
+        records = np.zeros(len(documents), [("hash", np.uint64), ("document", np.int64)])
+        records["hash"] = [hash_of(text) for text in documents.texts]
+        records["document"] = np.arange(len(documents))
+        return records
+
+    def reduce(self, records):
+        is_start = np.append(True, records["hash"][1:] != records["hash"][:-1])[: len(records)]
+        first = records["document"][is_start][np.cumsum(is_start) - 1] if len(records) else records["document"]
+        found = np.zeros(len(records), [("document", np.int64), ("same_as", np.int64)])
+        found["document"], found["same_as"] = records["document"], first
+        return found[found["document"] != first]
+
+    def finish(self, results, count):
+        assert count > results["document"].max(initial=-1)
+        return results
+
+    def annotate(self, documents, findings):
+        same_as = np.full(len(documents), -1, np.int64)
+        same_as[findings["document"]] = findings["same_as"]
+        return {"same_as": same_as}
+
+    def decide(self, attributes):
+        return np.where(attributes["same_as"] >= 0, "seen before", "")
+
+
+def hash_of(text):
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+@pytest.fixture(autouse=True)
+def steps_of_this_file(monkeypatch):
+    steps_lib.step_names()  # the modules of the package register once
+    monkeypatch.setattr(steps_lib, "_STEPS", dict(steps_lib._STEPS))
+    monkeypatch.setattr(Vowels, "calls", [])
+    for cls in (Vowels, Cut, Same):
+        register(cls)
+
+
+STEPS = [
+    {"step": "length", "at_least": 20},
+    {"step": "vowels_of_test"},
+    {"step": "cut_of_test"},
+    {"step": "same_of_test"},
+    {"step": "length", "label": "length again", "at_least": 25},
+    {"step": "cut_of_test", "label": "cut again", "mark": "="},
+]
+
+
+def corpus(folder, count=60):
+    """Two sources of documents: short, vowel-less, repeated within and across them, with lines to cut, cut to nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "xyzzy", "brrr", "one", "two"]
+    for source in ("books", "web"):
+        lines = []
+        for number in range(count):
+            kind = number % 8
+            text = " ".join(random.choice(words, 4 if kind == 0 else 12))
+            text = {1: f"same text {number // 24} in both sources", 2: "bcdfg " * 8, 3: f"{text}\n- menu\n-more\n= x",
+                    4: "- all of it\n- is a menu line", 5: f"{text} ü é"}.get(kind, text)  # fmt: skip
+            lines.append(json.dumps({"text": text, "url": f"https://{source}.example/{number}"}) + "\n")
+        for part in range(4):
+            (folder / f"{source}-{part}.jsonl").write_text("".join(lines[part::4]))
+    return folder
+
+
+def config(folder, **choices):
+    sources = [{"path": str(folder / name), "licence": "CC0"} for name in ("books", "web")]
+    for name in ("books", "web"):
+        (folder / name).mkdir(exist_ok=True)
+        for file in folder.glob(f"{name}-*.jsonl"):
+            file.rename(folder / name / file.name)
+    tree = {"sources": sources, "steps": STEPS, "workers": 1, "shard_bytes": 4000} | choices
+    return parse(PrepareConfig, tree)
+
+
+def quiet(line):
+    pass
+
+
+def rows(version, kind="documents"):
+    return [{k: row[k] for k in ("key", "text", "metadata")} for row in version.iterate(kind)]
+
+
+def content(version):
+    """All bytes of the outputs, the manifest among them."""
+    return {file.name: file.read_bytes() for file in sorted(version.directory.iterdir())}
+
+
+def plain(settings):
+    """The same pipeline by hand, all in memory: {key: (text, metadata)} kept, {key: (step, reason)} removed, cuts."""
+    documents = Documents([], [], [])
+    for source in settings.sources:
+        for file in sorted(pathlib.Path(source.path).glob("*")):
+            for number, line in enumerate(file.read_text().splitlines(), 1):
+                record = json.loads(line)
+                documents.keys.append(f"{pathlib.Path(source.path).name}/{file.name}:{number}")
+                documents.texts.append(record["text"])
+                documents.metadata.append({"licence": "CC0", "url": record["url"]})
+    gone, cuts = {}, []
+    for step in settings.steps:
+        ((*found, last),) = apply_step(step, [documents])
+        if isinstance(step, Filter):
+            reasons = last
+        else:
+            cuts += [(key, step.name, cut) for key, cut in zip(documents.keys, last, strict=True) if cut]
+            blank = np.array([not text.strip() for text in found[0]], bool)
+            documents.texts = [old if b else new for old, new, b in zip(documents.texts, found[0], blank, strict=True)]
+            reasons = np.where(blank, "emptied", "")
+        gone |= {k: (step.name, str(r)) for k, r in zip(documents.keys, reasons, strict=True) if r}
+        documents = documents.select(np.asarray(reasons) == "")
+    return dict(zip(documents.keys, zip(documents.texts, documents.metadata, strict=True), strict=True)), gone, cuts
+
+
+def test_what_comes_out_is_what_the_steps_mean(tmp_path):
+    settings = config(corpus(tmp_path / "in"))
+    version = prepare_dataset(settings, tmp_path / "out", log=quiet)
+    kept, gone, cuts = plain(settings)
+    assert {row["key"]: (row["text"], json.loads(row["metadata"])) for row in rows(version)} == kept
+    assert {row["key"]: (row["step"], row["reason"]) for row in version.iterate("removed")} == gone
+    found = [(row["key"], row["step"], row["removed"]) for row in version.iterate("cut")]
+    assert sorted(found) == sorted(cuts) and len(cuts) > 10
+    assert {step for step, _ in gone.values()} == {"length", "vowels_of_test", "cut_of_test", "same_of_test", "length again"}
+    assert version.manifest["funnel"][0]["documents"] == len(kept) + len(gone) == 120
+    assert version.manifest["funnel"][-1]["documents"] == len(kept)
+    assert sum(n for e in version.manifest["funnel"] for n, _ in e["removed"].values()) == len(gone)
+    assert version.manifest["funnel"][-1]["utf8_bytes"] == sum(len(text.encode()) for text, _ in kept.values())
+
+
+def test_shard_sizes_do_not_matter(tmp_path):
+    folder = corpus(tmp_path / "in")
+    first = prepare_dataset(config(folder), tmp_path / "a", log=quiet)
+    assert len(first.files) > 4
+    for number, size in enumerate((300, 1 << 20)):
+        other = prepare_dataset(config(folder, shard_bytes=size), tmp_path / f"b{number}", log=quiet)
+        for kind in ("documents", "removed"):
+            assert rows(other, kind) == rows(first, kind)
+        assert sorted(map(str, other.iterate("cut"))) == sorted(map(str, first.iterate("cut")))
+
+
+def test_the_same_settings_make_no_new_version(tmp_path):
+    settings = config(corpus(tmp_path / "in"))
+    first = prepare_dataset(settings, tmp_path / "out", log=quiet)
+    before = content(first)
+    again = prepare_dataset(dataclasses.replace(settings, workers=3), tmp_path / "out", log=quiet)
+    assert again.directory == first.directory and content(again) == before
+
+
+def counting(monkeypatch):
+    """Counts the tasks that are run, by kind."""
+    ran = []
+    real = runner.run_task
+    monkeypatch.setattr(runner, "run_task", lambda root, task: ran.append(task.kind) or real(root, task))
+    return ran
+
+
+def test_other_thresholds_annotate_only_what_was_gone_before(tmp_path):
+    """From either side a threshold ends in the bytes of a fresh run, and no document is annotated twice."""
+    folder = corpus(tmp_path / "in")
+    strict = [STEPS[0] | {"at_least": 40}, *STEPS[1:]]
+    loose = config(folder)
+    prepare_dataset(config(folder, steps=strict), tmp_path / "out", log=quiet)
+    Vowels.calls.clear()
+    version = prepare_dataset(loose, tmp_path / "out", log=quiet)
+    again = {key for call in Vowels.calls for key in call}
+    Vowels.calls.clear()
+    fresh = prepare_dataset(loose, tmp_path / "fresh", log=quiet)
+    every = {key for call in Vowels.calls for key in call}
+    assert 0 < len(again) < len(every) / 2
+    assert {n: c for n, c in content(version).items()} == content(fresh)
+    Vowels.calls.clear()
+    back = prepare_dataset(config(folder, steps=strict), tmp_path / "out", log=quiet)
+    assert not any(Vowels.calls) and back.number == 3
+    assert content(back) == content(prepare_dataset(config(folder, steps=strict), tmp_path / "fresh2", log=quiet))
+
+
+def test_new_and_changed_files_only(tmp_path, monkeypatch):
+    folder = corpus(tmp_path / "in", count=400)
+    for file in [*folder.glob("*.jsonl")]:  # many small files, as folders have them
+        lines = file.read_text().splitlines(True)
+        for number in range(0, len(lines), 20):
+            file.with_stem(f"{file.stem}-{number:03d}").write_text("".join(lines[number : number + 20]))
+        file.unlink()
+    settings = config(folder)
+    prepare_dataset(settings, tmp_path / "out", log=quiet)
+    (folder / "books" / "books-0-000.jsonl").write_text(json.dumps({"text": "a new document of words, one two"}) + "\n")
+    ran = counting(monkeypatch)
+    version = prepare_dataset(settings, tmp_path / "out", log=quiet)
+    groups = len(ran) and sum(kind == "read" for kind in ran)
+    assert 1 <= groups <= 3
+    total = sum(1 for _ in (tmp_path / "out" / "cache" / "read").iterdir())
+    assert total > 8
+    assert content(version) == content(prepare_dataset(settings, tmp_path / "fresh", log=quiet))
+
+
+KILLED = """
+import pathlib, sys, os, signal
+sys.path.insert(0, {tests!r})
+import test_pipeline as t
+from llmos_jax.data.clean import runner, steps
+from llmos_jax.data.clean.objects import Objects
+for cls in (t.Vowels, t.Cut, t.Same):
+    steps.register(cls)
+kind, after = sys.argv[1], int(sys.argv[2])
+real, seen = Objects._writing, []
+def writing(self, name):
+    if name.startswith(kind):
+        seen.append(name)
+        if len(seen) > after:
+            with real(self, name) as temporary:
+                temporary.write_bytes(b"half of it")
+                os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, name)
+Objects._writing = writing
+t.prepare_dataset(t.config(pathlib.Path(sys.argv[3])), pathlib.Path(sys.argv[4]), log=t.quiet)
+"""
+
+
+SLOW = pytest.mark.slow
+KINDS = [("shards", 2), ("attributes", 5), ("layers", 3), ("records", 3), ("findings", 0), ("output", 4)]
+MORE_KINDS = [("read", 1), ("states", 2), ("stages", 1), ("reduced", 0), ("inputs", 0), ("hash", 1)]
+
+
+@pytest.mark.parametrize(("kind", "after"), [*KINDS, *(pytest.param(*k, marks=SLOW) for k in MORE_KINDS)])
+def test_killed_in_the_middle_of_any_step(kind, after, tmp_path):
+    """Row `exact`: SIGKILL while an object is half written; the next run ends in the same bytes, and nothing is left over."""
+    folder = corpus(tmp_path / "in")
+    settings = config(folder)
+    code = KILLED.format(tests=str(pathlib.Path(__file__).parent))
+    arguments = [kind, str(after), str(folder), str(tmp_path / "killed")]
+    killed = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not list_versions(tmp_path / "killed")
+    whole = prepare_dataset(settings, tmp_path / "whole", log=quiet)
+    resumed = prepare_dataset(settings, tmp_path / "killed", log=quiet)
+    assert content(resumed) == content(whole)
+    assert not list((tmp_path / "killed").rglob("*.tmp*"))
+
+
+def test_a_pool_of_processes_gives_the_same_and_survives_a_kill(tmp_path):
+    """Three workers, of which one is killed: one clear error, and the next run goes on to the same bytes."""
+    folder = corpus(tmp_path / "in", count=100)
+    steps = [{"step": "length", "at_least": 20}]
+    settings = config(folder, steps=steps, shard_bytes=1000)
+    whole = prepare_dataset(settings, tmp_path / "whole", log=quiet)
+    many = dataclasses.replace(settings, workers=3)
+    assert content(prepare_dataset(many, tmp_path / "many", log=quiet)) == content(whole)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import json, pathlib, sys\nfrom llmos_jax.config import parse\n"
+        "from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset\n"
+        "if __name__ == '__main__':\n"
+        "    prepare_dataset(parse(PrepareConfig, json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
+    )
+    command = [sys.executable, script, json.dumps(to_plain(many)), tmp_path / "killed"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    workers = []
+    while not workers and process.poll() is None and time.monotonic() < deadline:
+        shards = tmp_path / "killed" / "cache" / "shards"
+        if shards.is_dir() and any(shards.iterdir()):
+            listed = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+            workers = [int(line.split()[0]) for line in listed.stdout.splitlines() if "spawn_main" in line]
+        time.sleep(0.005)
+    if workers:
+        os.kill(workers[0], signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0 or "a worker process was killed" in error
+    assert content(prepare_dataset(many, tmp_path / "killed", log=quiet)) == content(whole)
+
+
+def bad_inputs(folder):
+    folder.mkdir()
+    good = b'{"text": "a good document of some words"}\n'
+    (folder / "a.jsonl").write_bytes(good + b'{"text": 3}\n{"body": "x"}\n{broken\n' + good)
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress(good * 5000)[:-20])
+    (folder / "c.txt").write_bytes("café".encode("latin-1"))
+    (folder / "d.txt").write_bytes(b"")
+    (folder / "e.jsonl").write_bytes(good + b'{"text": "' + b"long " * 30_000 + b'"}\n' + good)
+    (folder / "f.csv").write_bytes(b'text,url\n"a row",http://x\n')
+    table = pyarrow.table({"text": ["one row of text"] * 10})
+    pyarrow.parquet.write_table(table, folder / "g.parquet")
+    (folder / "g.parquet").write_bytes((folder / "g.parquet").read_bytes()[:-30])
+    (folder / "h.jsonl").write_bytes(b'{"text": "\xff\xfe bad bytes"}\n' + good)
+    return folder
+
+
+def test_bad_input_is_named_counted_and_capped(tmp_path):
+    folder = bad_inputs(tmp_path / "in")
+    tree = {"sources": [{"path": str(folder)}], "workers": 1, "max_document_bytes": 100_000}
+    lines = []
+    version = prepare_dataset(parse(PrepareConfig, tree), tmp_path / "out", log=lines.append)
+    messages = version.manifest["bad"]["messages"]
+    for words in (
+        "a.jsonl, line 2 has int in 'text'", "a.jsonl, line 3 has no 'text'", "a.jsonl is damaged near line 4",
+        "b.jsonl.gz is damaged near line", "c.txt is not UTF-8 (byte 3)", "d.txt is empty",
+        "e.jsonl, line 2 is longer than 100000 bytes", "g.parquet is not a parquet file", "h.jsonl is damaged near line 1",
+    ):  # fmt: skip
+        assert any(words in message for message in messages), words
+    assert version.manifest["bad"]["count"] == len(messages) == 9
+    assert any("9 files or records were bad" in line for line in lines)
+    keys = {row["key"] for row in version.iterate()}
+    assert {"in/a.jsonl:1", "in/a.jsonl:5", "in/e.jsonl:1", "in/e.jsonl:3", "in/f.csv:1", "in/h.jsonl:2"} <= keys
+    assert sum(key.startswith("in/b.jsonl.gz:") for key in keys) > 1000 and any("documents before that" in m for m in messages)
+    with pytest.raises(DataError, match=r"a.jsonl, line 2 has int .* set on_corrupt=skip"):
+        prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "strict", log=quiet)
+    with pytest.raises(DataError, match=r"max_corrupt=3; the first: .*a.jsonl, line 2"):
+        prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "capped", log=quiet)
+    with pytest.raises(DataError, match=r"9 files or records are bad, more than max_corrupt=3"):  # all of it is in the cache
+        prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "out", log=quiet)
+    with pytest.raises(DataError, match="on_corrupt=skip"):
+        prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "out", log=quiet)
+
+
+def test_settings_that_cannot_work_are_named(tmp_path):
+    for tree, words in (
+        ({"sources": []}, "sources is empty"),
+        ({"steps": [{"step": "lenght"}]}, "did you mean 'length'"),
+        ({"steps": [{"step": "length", "at_least": 9, "at_most": 3}]}, "at_least=9 is more than at_most=3"),
+        ({"stepz": []}, "did you mean 'steps'"),
+        ({"runner": "spark"}, "runner='spark'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse(PrepareConfig, tree)
+    with pytest.raises(ConfigError, match="does not exist"):
+        prepare_dataset(parse(PrepareConfig, {"sources": [{"path": str(tmp_path / "no")}]}), tmp_path / "out")
+
+
+def test_no_room_is_named_and_nothing_is_lost(tmp_path):
+    """A limit on file sizes stands for the full disk."""
+    settings = config(corpus(tmp_path / "in"))
+    script = (
+        "import resource, sys, json, pathlib\nresource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "from llmos_jax.config import parse\nfrom llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset\n"
+        "prepare_dataset(parse(PrepareConfig, json.loads(sys.argv[1])), pathlib.Path(sys.argv[2]))\n"
+    )
+    tree = json.dumps(to_plain(settings) | {"steps": [], "shard_bytes": 1 << 20})
+    done = subprocess.run([sys.executable, "-c", script, tree, tmp_path / "small"], capture_output=True, text=True, timeout=120)
+    assert "could not be written" in done.stderr and "make room" in done.stderr
+    assert not list_versions(tmp_path / "small")
+
+
+def test_damage_is_found_when_it_is_read(tmp_path):
+    version = prepare_dataset(config(corpus(tmp_path / "in")), tmp_path / "out", log=quiet)
+    assert not verify(version)
+    file = version.files[1]
+    good = file.read_bytes()
+    for place in np.random.default_rng(1).integers(0, len(good), 20):
+        bad = bytearray(good)
+        bad[place] ^= 0x10
+        file.unlink()
+        file.write_bytes(bad)
+        assert verify(version) == [f"{file} is not what the manifest says: it was cut, changed or damaged"]
+        with pytest.raises(DataError, match=f"{file.name} is not what its manifest says"):
+            list(version.iterate())
+    file.write_bytes(good[:-5])
+    with pytest.raises(DataError, match="it was cut"):
+        list(version.iterate())
+    file.unlink()
+    with pytest.raises(DataError, match="can't be read .No such file"):
+        list(version.iterate())
+
+
+def test_versions_are_listed_compared_and_collected(tmp_path):
+    folder = corpus(tmp_path / "in")
+    prepare_dataset(config(folder), tmp_path / "out", log=quiet)
+    (folder / "web" / "new.jsonl").write_text('{"text": "one more document with a few words", "url": "u"}\n')
+    strict = [STEPS[0] | {"at_least": 40}, *STEPS[1:]]
+    second = prepare_dataset(config(folder, steps=strict), tmp_path / "out", log=quiet)
+    old, new = list_versions(tmp_path / "out")
+    lines = compare(old, new)
+    assert "steps.length.at_least: 20 -> 40" in lines
+    assert "after read: 120 -> 121 documents" in lines and "source web: 4 -> 5 files, other content" in lines
+    before = content(second)
+    removed = collect_garbage(tmp_path / "out", keep=1)
+    assert str(old.directory) in removed and list_versions(tmp_path / "out") == [new]
+    assert content(open_dataset(tmp_path / "out")) == before and not verify(new)
+    assert is_dataset(tmp_path / "out") and is_dataset(new.directory) and not is_dataset(folder)
+    again = prepare_dataset(config(folder, steps=strict), tmp_path / "out", log=quiet)  # made anew, the same
+    assert again.directory == new.directory
+    with pytest.raises(ConfigError, match="has no version 1; it has 2"):
+        open_dataset(tmp_path / "out", 1)
+    with pytest.raises(ConfigError, match="holds no clean dataset"):
+        open_dataset(folder)
+
+
+def test_where_a_text_came_from(tmp_path):
+    folder = corpus(tmp_path / "in")
+    version = prepare_dataset(config(folder), tmp_path / "out", log=quiet)
+    row = rows(version)[7]
+    (found,) = lookup(version, key=row["key"])
+    source, name = row["key"].split("/")
+    path = folder / source / name.partition(":")[0]
+    assert found["kept"] and found["text"] == row["text"] and found["file"]["path"] == str(path)
+    assert found["metadata"]["licence"] == "CC0" and found["metadata"]["url"].startswith("https://")
+    number = int(name.partition(":")[2])
+    assert json.loads(path.read_text().splitlines()[number - 1])["text"].split("\n")[0] == row["text"].split("\n")[0]
+    places = list(lookup(version, text="same text 0 in both sources"))
+    assert [place["kept"] for place in places] == [True, *[False] * (len(places) - 1)] and len(places) > 2
+    assert places[1]["reason"] == "seen before"
+    assert not list(lookup(version, text="nowhere to be found"))
+
+
+def test_parse_round_trip():
+    settings = parse(PrepareConfig, {"steps": STEPS})
+    assert parse(PrepareConfig, json.loads(json.dumps(to_plain(settings)))) == settings
+    assert settings.steps == parse_steps(STEPS)
+    assert pipeline._stages(settings.steps) == [list(settings.steps[:3]), list(settings.steps[3:])]

@@ -1,0 +1,143 @@
+"""Words, lines and repeats in arrays, against plain Python on strings."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_jax.data.clean import words as words_lib
+from llmos_jax.data.clean.lines import lines_of, terminals
+from llmos_jax.data.clean.repeats import ngram_hashes, repeated, repetition
+from llmos_jax.data.clean.words import OfTexts, folded_words_of, hash_of, words_of
+
+TEXTS = st.text(alphabet="aAbZé漢 \n\t.,-'\"#…•!?(1", max_size=60)
+
+
+def split(text):
+    """The words of a text as strings, from the lengths that `words_of` found."""
+    rest, found = "".join(text.split()), []
+    for length in words_of([text]).lengths.tolist():
+        found.append(rest[:length])
+        rest = rest[length:]
+    assert not rest
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", ""),
+        (" \n ", ""),
+        ('Say "hello,world" (now)!', 'Say|"|hello|,|world|"|(|now|)|!'),
+        ("don't it's we'll I'd can't o'clock", "do|n't|it|'s|we|'ll|I|'d|ca|n't|o'clock"),
+        ("state-of-the-art x86-64 -c --all 1-2", "state|-|of|-|the|-|art|x86|-|64|-c|--all|1|-|2"),
+        ("end. J. Smith, e.g. wait...what 3.14 fin.Start", "end|.|J.|Smith|,|e.g.|wait|...|what|3.14|fin|.|Start"),
+        ("see http://a.org/b-c.html. and a/b", "see|http://a.org/b-c.html|.|and|a|/|b"),
+        ("f(x) foo_bar __init__ '**'", "f(x|)|foo_bar|_|_|init|_|_|'|*|*|'"),
+        ("5m of 10MB, 12x", "5|m|of|10|MB|,|12x"),
+        ("=== --- ***", "=|=|=|---|*|*|*"),
+        ("naïve—dash 漢字。", "naïve|—|dash|漢字|。"),
+    ],
+)
+def test_words_are_those_of_spacys_rules(text, expected):
+    assert split(text) == [word for word in expected.split("|") if word]
+
+
+def test_kinds_of_words():
+    words = words_of(["Ab1 , 42 §a"])
+    assert words.lengths.tolist() == [3, 1, 2, 1, 1]
+    assert words.has_letter.tolist() == [True, False, False, False, True]
+    assert words.is_sign.tolist() == [False, True, False, False, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(TEXTS, max_size=6))
+def test_equal_words_and_only_these_have_equal_hashes(texts):
+    words = words_of(texts)
+    strings = [word for text in texts for word in split(text)]
+    words = words_of(texts)
+    assert words.first.tolist() == np.cumsum([0, *(len(split(text)) for text in texts)]).tolist()
+    folded = folded_words_of(texts).hashes
+    for hashes, known in ((words.hashes, strings), (folded, [word.lower() for word in strings])):
+        assert len(set(zip(hashes.tolist(), known, strict=True))) == len(set(known)) == len(set(hashes.tolist()))
+    assert [hash_of(word) for word in strings] == words.hashes.tolist()
+
+
+def test_batches_and_chosen_texts_change_nothing(monkeypatch):
+    texts = [f"Word number {number}: the cat's {number}-fold.\n\n" * (number % 5) for number in range(40)]
+    whole = OfTexts(words_lib._find)(texts)
+    monkeypatch.setattr(words_lib, "_BATCH_CHARACTERS", 100)
+    held = OfTexts(words_lib._find)
+    for name in ("first", "lengths", "hashes", "has_letter", "is_sign"):
+        np.testing.assert_array_equal(getattr(held(texts), name), getattr(whole, name))
+    # Some of them, in another order, are taken from what is held; the same text twice is no confusion.
+    some = [texts[7], texts[3], texts[12]]
+    np.testing.assert_array_equal(held(some).hashes, OfTexts(words_lib._find)(some).hashes)
+    np.testing.assert_array_equal(held(some).first, OfTexts(words_lib._find)(some).first)
+    assert len(held([texts[4]] * 3).hashes) == 3 * len(held([texts[4]]).hashes)
+    assert len(held([]).hashes) == 0
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(TEXTS, max_size=6))
+def test_lines_are_those_of_split(texts):
+    lines = lines_of(texts)
+    plain = [line for text in texts for line in text.split("\n")]
+    assert lines.first.tolist() == np.cumsum([0, *(text.count("\n") + 1 for text in texts)]).tolist()
+    assert lines.lengths.tolist() == [len(line) for line in plain]
+    assert lines.words.tolist() == [len(line.split()) for line in plain]
+    assert lines.longest.tolist() == [max(map(len, line.split()), default=0) for line in plain]
+    assert lines.has_bullet.tolist() == [line.strip().startswith(("•", "-")) for line in plain]
+    assert lines.has_ellipsis.tolist() == [line.strip().endswith(("...", "…")) for line in plain]
+    assert lines.ends_sentence.tolist() == [line.endswith(tuple(terminals())) for line in plain]
+    is_end = [line.strip().endswith((".", "?", "!", '"', "'")) and not line.strip().endswith("...") for line in plain]
+    assert lines.ends_quoted.tolist() == is_end
+    assert len(set(lines.hashes.tolist())) == len(set(plain))
+
+
+def test_sentences_end_within_lines():
+    text = 'One. Two! (Three?) "Four." five... six.\n\nSeven e.g. eight'
+    assert lines_of([text]).sentences.tolist() == [5, 0, 2]
+
+
+def naive_top(words, n):
+    grams = [" ".join(words[i : i + n]) for i in range(len(words) - n + 1)]
+    if not grams:
+        return 0
+    best = max(grams, key=lambda gram: (grams.count(gram), -grams.index(gram)))
+    return len(best) * grams.count(best)
+
+
+def naive_duplicates(words, n):
+    seen, total, place = set(), 0, 0
+    while place + n <= len(words):
+        gram = tuple(words[place : place + n])
+        if gram in seen:
+            total += sum(map(len, gram))
+            place += n
+        else:
+            seen.add(gram)
+            place += 1
+    return total
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.sampled_from(["a", "bb", "ccc"]), max_size=40), max_size=6))
+def test_repetition_equals_the_naive_count(documents):
+    words = words_of([" ".join(document) for document in documents])
+    top, duplicate = repetition(words, (1, 2, 3), (2, 3, 5))
+    for n, found in top.items():
+        assert found.tolist() == [naive_top(document, n) for document in documents]
+    for n, found in duplicate.items():
+        assert found.tolist() == [naive_duplicates(document, n) for document in documents]
+
+
+def test_repeated_and_ngram_hashes():
+    keys = np.array([5, 7, 5, 5, 1, 7], np.uint64) << np.uint64(40)
+    assert repeated(keys).tolist() == [False, False, True, True, False, True]
+    assert repeated(keys[:0]).tolist() == []
+    hashes = words_of(["a b c a b d"]).hashes
+    pairs = ngram_hashes(hashes, 2)
+    assert pairs[0] == pairs[3] and len(set(pairs.tolist())) == 4
+    assert ngram_hashes(words_of(["b a"]).hashes, 2)[0] != pairs[0]
+    assert len(ngram_hashes(hashes, 7)) == 0

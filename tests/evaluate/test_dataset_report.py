@@ -1,0 +1,65 @@
+"""The page of a clean dataset: what it shows, what it escapes, that it loads nothing."""
+
+import html.parser
+import json
+
+import pytest
+
+from llmos_jax.api import run_preparation
+from llmos_jax.config import parse
+from llmos_jax.data.clean.dataset import open_dataset
+from llmos_jax.data.clean.pipeline import PrepareConfig
+from llmos_jax.evaluate.dataset_report import REPORT_FILE, write_dataset_report
+from llmos_jax.evaluate.page import bar_chart, table
+
+
+class Reader(html.parser.HTMLParser):
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.words, self.links = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.links += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+@pytest.fixture
+def version(tmp_path):
+    lines = [
+        {"text": f"<script>alert({number})</script> and some words of document {number} " * (number % 5)}
+        for number in range(1, 90)
+    ]
+    (tmp_path / "web.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
+    tree = {"sources": [{"path": str(tmp_path / "web.jsonl"), "licence": "CC0"}], "workers": 1,
+            "steps": [{"step": "length", "at_least": 100}]}  # fmt: skip
+    return run_preparation(parse(PrepareConfig, tree), tmp_path / "dataset")
+
+
+def test_the_page_shows_the_funnel_and_samples_and_escapes_all_text(version):
+    page = (version.directory / REPORT_FILE).read_text()
+    reader = Reader(page)
+    text = " ".join(reader.words)
+    for words in ("What each step left", "too short", "CC0", "Samples of what was kept", "Samples of what was removed",
+                  "Characters of a document, kept", "is damaged near line 90", "length/characters"):  # fmt: skip
+        assert words in text, words
+    assert "script" not in reader.tags and not reader.links
+    assert "<script>alert(" in text  # as text
+    last = version.manifest["funnel"][-1]
+    assert f"{last['documents']:,} documents" in text
+
+
+def test_the_same_dataset_gives_the_same_page(version, tmp_path):
+    write_dataset_report(tmp_path / "again.html", open_dataset(tmp_path / "dataset"))
+    assert (tmp_path / "again.html").read_text() == (version.directory / REPORT_FILE).read_text()
+
+
+def test_pieces():
+    chart = bar_chart("a <title>", [("x", 3), ("y", 0)])
+    assert "&lt;title&gt;" in chart and chart.count("<rect") == 2 and "<title>x: 3</title>" in chart
+    assert bar_chart("none", []) == ""
+    rows = table(("name", "count"), [("<b>", 12345), ("c", 2)])
+    assert "&lt;b&gt;" in rows and "<td class='right'>12,345</td>" in rows
