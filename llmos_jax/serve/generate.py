@@ -53,17 +53,35 @@ class Generator:
         Every row draws from its own random stream, so a prompt's continuation does not depend on its neighbours. Raises
         ConfigError when a prompt does not fit the model's context.
         """
+        rows, states = self._start(prompts, sampling, on_text)
+        for _ in self._run(self.engine(params), rows, states, sampling):
+            pass
+        return [state.finish() for state in states]
+
+    def stream(self, params, prompts, sampling):
+        """Yields (row, piece of text) as they appear (see `generate`); a caller who stops asking ends all rows."""
+        pieces = []
+        rows, states = self._start(prompts, sampling, lambda row, text: pieces.append((row, text)))
+        for _ in self._run(self.engine(params), rows, states, sampling):
+            yield from pieces
+            pieces.clear()
+        for state in states:
+            state.finish()
+        yield from pieces
+
+    def _start(self, prompts, sampling, on_text):
         rows = [self._prompt(text, index) for index, text in enumerate(prompts)]
         if not rows:
             raise ConfigError("there is no prompt to continue.")
-        engine = self.engine(params)
-        states = [_Row(self.tokenizer, sampling, on_text, index) for index in range(len(rows))]
-        requests = engine.stream(rows, sampling)
-        for index, event in requests:
+        return rows, [_Row(self.tokenizer, sampling, on_text, index) for index in range(len(rows))]
+
+    def _run(self, engine, rows, states, sampling):
+        """Yields whenever a row has news, until all have ended."""
+        for index, event in engine.stream(rows, sampling):
             states[index].push(event)
             if states[index].reason == "stop":
                 engine.cancel(event.id, "stop")
-        return [state.finish() for state in states]
+            yield
 
     def _prompt(self, text, index):
         ids = self.tokenizer.prompt(text).tolist() if isinstance(text, str) else [int(token) for token in text]

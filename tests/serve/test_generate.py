@@ -91,6 +91,9 @@ def test_streamed_text_is_the_text(generator):
         assert "e" not in done.text
         assert done.reason in ("stop", "length", "end")
     assert any(done.reason == "stop" for done in texts)
+    streamed = list(generate.stream(params, PROMPTS, sampling))
+    assert ["".join(text for row, text in streamed if row == index) for index in range(4)] == [done.text for done in texts]
+    assert len(streamed) > 4
 
 
 def test_context_is_the_end(generator):
