@@ -1,4 +1,4 @@
-"""Global steps on disk: records sorted by hash in each shard, ranges of hashes over all shards, findings by document.
+"""Global steps on disk: from records sorted by hash in each shard (`stage.emit`) to findings by document.
 
 A range is as much as fits in the memory that is given; so the memory a worker takes does not grow with the corpus. All that
 `finish` gets is in memory at once, in one process: some bytes for each duplicate.
@@ -10,48 +10,15 @@ import numpy as np
 
 from llmos_jax.config import fingerprint
 from llmos_jax.data.clean.objects import Task
-from llmos_jax.data.clean.stage import ShardTexts, missing
 from llmos_jax.data.clean.steps import parse_steps, sort_records
 
 # What a worker sorts at a time; sorting takes about three times as much.
 _RANGE_BYTES = 64 << 20
 
 
-def emit_task(shard, layers, state, step, fingerprint_of_step):
-    """Returns the Task that emits the records of a shard for a global step."""
-    name = fingerprint([shard.name, layers, fingerprint_of_step])
-    key = fingerprint([name, state])
-    arguments = {"name": f"records/{name}", "shard": shard.name, "layers": layers, "state": state, "step": step}
-    return Task("emit", f"emit/{key}.json", arguments, shard.utf8_bytes)
-
-
-def emit(objects, name, shard, layers, state, step):
-    """Writes the records of a shard, sorted by hash; returns {"name", "bytes"}. Those that are held are not made again."""
-    (step,) = parse_steps([step])
-    texts = ShardTexts(objects, shard, layers)
-    reasons = _reasons(objects, state, len(texts.utf8_bytes))
-    held, places = missing(objects, f"{name}.npz", reasons)
-    if len(places) or held is None:
-        is_chosen = np.zeros(len(reasons), bool)
-        is_chosen[places] = True
-        records = step.emit(texts.documents.select(is_chosen))
-        records["document"] = places[records["document"]] if len(records) else records["document"]
-        if held is not None:
-            old = np.array(objects.map_records(f"{name}.npy"))
-            records = np.concatenate([old[~is_chosen[old["document"]]], records])
-        objects.write_records(f"{name}.npy", sort_records(records))
-        covered = is_chosen if held is None else held["covered"] | is_chosen
-        objects.write_arrays(f"{name}.npz", {"covered": covered})
-    records = objects.map_records(f"{name}.npy")
-    return {"name": f"{name}.npy", "bytes": int(records.nbytes), "objects": [f"{name}.npy", f"{name}.npz"]}
-
-
 def reduce_tasks(objects, shards, states, emitted, step, fingerprint_of_step):
     """Returns the Tasks that reduce all ranges of hashes, in their order."""
-    inputs = [
-        [result["name"], state, shard.start, shard.documents]
-        for result, state, shard in zip(emitted, states, shards, strict=True)
-    ]
+    inputs = [[result["name"], state, shard.start] for result, state, shard in zip(emitted, states, shards, strict=True)]
     total = sum(result["bytes"] for result in emitted)
     ranges = max(1, -(-total // _RANGE_BYTES))
     key = fingerprint([inputs, ranges, fingerprint_of_step])
@@ -70,10 +37,10 @@ def reduce(objects, key, inputs, step, ranges, number):
     (step,) = parse_steps([step])
     low, high = number * 2**64 // ranges, (number + 1) * 2**64 // ranges
     parts = []
-    for name, state, start, count in objects.read_json(inputs):
+    for name, state, start in objects.read_json(inputs):
         records = objects.map_records(name)
         part = np.array(records[_first(records, low) : _first(records, high)])
-        part = part[(_reasons(objects, state, count) == "")[part["document"]]]
+        part = part[(objects.read_arrays(state)["reasons"] == "")[part["document"]]]
         part["document"] += start
         parts.append(part)
     name = f"reduced/{key}-{number}.npy"
@@ -101,7 +68,3 @@ def finish(objects, key, names, step, count):
 def _first(records, value):
     """Returns the place of the first record whose hash is `value` or more, looking at few of them."""
     return bisect.bisect_left(range(len(records)), value, key=lambda place: int(records["hash"][place]))
-
-
-def _reasons(objects, state, count):
-    return objects.read_arrays(state)["reasons"].astype(object) if state else np.full(count, "", object)

@@ -1,7 +1,9 @@
 """From sources to a clean dataset folder: what is done in which order, whoever runs the tasks.
 
-    hash files -> read groups of files into shards -> stages of steps -> write; global steps lie between stages as
-    emit (each shard) -> reduce (each range of hashes) -> finish (once)
+    hash files -> read groups of files into shards -> stages of steps -> write
+
+A global step begins a stage. What it looks at was emitted at the end of the one before, and lies between them as
+reduce (each range of hashes) -> finish (once).
 
 Every task's result is kept under a name that tells its inputs, so that going on after a kill, new files, and other
 thresholds are the same thing: only what is not there is done.
@@ -58,8 +60,10 @@ def prepare_dataset(config, directory, *, log=print):
     with make_runner(config, objects.root) as runner:
         shards, names, inputs = _read(config, objects, runner, log)
         plan = _Plan(config, objects, runner, shards, names, log)
-        for steps in _stages(config.steps):
-            plan.run(steps)
+        stages = _stages(config.steps)
+        for number, steps in enumerate(stages):
+            following = stages[number + 1][0] if number + 1 < len(stages) else None
+            plan.run(steps, following)
         outputs = plan.write()
     version = write_version(directory, config, inputs, plan.funnel, outputs)
     log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
@@ -110,7 +114,7 @@ def _stages(steps):
         if step.is_global:
             stages.append([])
         stages[-1].append(step)
-    return [stage for stage in stages if stage]
+    return stages if len(stages) > 1 or stages[0] else []
 
 
 class _Plan:
@@ -119,14 +123,15 @@ class _Plan:
     def __init__(self, config, objects, runner, shards, names, log):
         self.objects, self.runner, self.shards, self.names, self.log = objects, runner, shards, names, log
         self.layers, self.states = [[] for _ in shards], [None] * len(shards)
-        self.attributes = [[] for _ in shards]
+        self.attributes, self.emitted = [[] for _ in shards], []
         sizes = {"documents": sum(s.documents for s in shards), "utf8_bytes": sum(s.utf8_bytes for s in shards)}
         self.funnel = [{"step": "read", "documents_in": None, "utf8_bytes_in": None, "removed": {}} | sizes]
 
-    def run(self, steps):
-        """Takes all shards through a stage."""
+    def run(self, steps, following):
+        """Takes all shards through a stage; `following` is the global step that begins the next one, or None."""
         trees = to_plain(steps)
-        findings = self._exchange(steps[0], trees[0]) if steps[0].is_global else [None] * len(self.shards)
+        is_global = bool(steps) and steps[0].is_global
+        findings = self._exchange(steps[0], trees[0]) if is_global else [None] * len(self.shards)
         tasks = []
         for number, shard in enumerate(self.shards):
             arguments = {
@@ -135,10 +140,12 @@ class _Plan:
                 "state": self.states[number],
                 "steps": trees,
                 "findings": findings[number],
+                "following": following and to_plain(following),
             }
-            key = fingerprint([arguments, [step.fingerprint for step in steps]])
+            key = fingerprint([arguments, [step.fingerprint for step in (*steps, *filter(None, [following]))]])
             tasks.append(Task("stage", f"stages/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
-        results = self.runner.run(tasks, ", ".join(step.name for step in steps))
+        results = self.runner.run(tasks, ", ".join(step.name for step in steps) or "looking")
+        self.emitted = [result["emitted"] for result in results]
         for number, result in enumerate(results):
             self.layers[number], self.states[number] = result["layers"], result["state"]
             self.attributes[number] += result["attributes"]
@@ -163,12 +170,7 @@ class _Plan:
 
     def _exchange(self, step, tree):
         """Returns [name, start, stop] of the findings of a global step for every shard."""
-        emitting = [
-            exchange.emit_task(shard, layers, state, tree, step.fingerprint)
-            for shard, layers, state in zip(self.shards, self.layers, self.states, strict=True)
-        ]
-        emitted = self.runner.run(emitting, f"{step.name}: looking")
-        reducing = exchange.reduce_tasks(self.objects, self.shards, self.states, emitted, tree, step.fingerprint)
+        reducing = exchange.reduce_tasks(self.objects, self.shards, self.states, self.emitted, tree, step.fingerprint)
         reduced = self.runner.run(reducing, f"{step.name}: comparing")
         count = sum(shard.documents for shard in self.shards)
         (finished,) = self.runner.run([exchange.finish_task(reduced, tree, step.fingerprint, count)], f"{step.name}: joining")

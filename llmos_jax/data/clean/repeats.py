@@ -110,12 +110,14 @@ def _duplicates(hashes, first, ends, sizes):
 
 def _greedy(places, keys, n):
     """Returns the places of n-grams that were seen before, where one that counts hides those that overlap it."""
-    seen, counted, free = set(), [], 0
-    for place, key in zip(places.tolist(), keys.tolist(), strict=True):
-        if place >= free:
-            if key in seen:
-                counted.append(place)
-                free = place + n
-            else:
-                seen.add(key)
+    seen, counted, at = set(), [], 0
+    after = np.searchsorted(places, places + n).tolist()
+    places, keys = places.tolist(), keys.tolist()
+    while at < len(keys):
+        if keys[at] in seen:
+            counted.append(places[at])
+            at = after[at]
+        else:
+            seen.add(keys[at])
+            at += 1
     return np.array(counted, np.int64)

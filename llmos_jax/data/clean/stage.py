@@ -11,7 +11,7 @@ import numpy as np
 
 from llmos_jax.config import fingerprint
 from llmos_jax.data.clean.documents import check_attributes
-from llmos_jax.data.clean.steps import Filter, findings_of, parse_steps
+from llmos_jax.data.clean.steps import Filter, findings_of, parse_steps, sort_records
 
 EMPTIED = "emptied"
 
@@ -59,12 +59,14 @@ class ShardTexts:
         self.utf8_bytes[covered] = arrays["utf8_bytes"][covered]
 
 
-def run_stage(objects, shard, layers, state, steps, findings, key):
-    """Runs steps on a shard, up to the next one that needs all shards.
+def run_stage(objects, shard, layers, state, steps, findings, following, key):
+    """Runs steps on a shard up to the next one that needs all shards, and emits what that one looks at.
 
     shard: name of its documents. layers: names of changed texts so far. state: name of the reasons so far, or None.
     steps: settings. findings: [name, start, stop] of the records of the first step, where that is global, or None.
-    Returns {"layers", "state", "attributes": [[step, name]], "funnel": [one entry per step], "documents", "utf8_bytes"}.
+    following: settings of the global step that comes next, or None.
+    Returns {"layers", "state", "attributes": [[step, name]], "funnel": [an entry per step], "emitted": {"name", "bytes"} or
+    None}.
     """
     texts = ShardTexts(objects, shard, layers)
     reasons = objects.read_arrays(state)["reasons"].astype(object) if state else np.full(len(texts.utf8_bytes), "", object)
@@ -88,20 +90,41 @@ def run_stage(objects, shard, layers, state, steps, findings, key):
         funnel.append(_funnel_entry(step, texts, reasons, before))
     state = f"states/{key}.npz"
     objects.write_arrays(state, {"reasons": reasons.astype(str)})
-    documents, utf8_bytes = _total(texts, reasons)
+    emitted = emit(objects, following, texts, reasons) if following else None
     names = [state, *(name for _, name in attributes), *(f"{layer}{end}" for layer in texts.layers for end in _LAYER)]
     return {
         "layers": texts.layers,
         "state": state,
         "attributes": attributes,
         "funnel": funnel,
-        "documents": documents,
-        "utf8_bytes": utf8_bytes,
-        "objects": names,
+        "emitted": emitted,
+        "objects": names + ([emitted["name"]] if emitted else []),
     }
 
 
 _LAYER = (".parquet", ".npz")
+
+
+def emit(objects, step, texts, reasons):
+    """Writes the records of a shard for a global step, sorted by hash; returns {"name", "bytes"}.
+
+    Those that are held from other thresholds are not made again; `exchange.reduce` leaves out documents that are gone.
+    """
+    (step,) = parse_steps([step])
+    name = f"records/{fingerprint([texts.base, step.fingerprint])}"
+    held, places = missing(objects, f"{name}.npz", reasons)
+    if len(places) or held is None:
+        is_chosen = np.zeros(len(reasons), bool)
+        is_chosen[places] = True
+        records = step.emit(texts.documents.select(is_chosen))
+        records["document"] = places[records["document"]]
+        if held is not None:
+            old = np.array(objects.map_records(f"{name}.npy"))
+            records = np.concatenate([old[~is_chosen[old["document"]]], records])
+        objects.write_records(f"{name}.npy", sort_records(records))
+        covered = is_chosen if held is None else held["covered"] | is_chosen
+        objects.write_arrays(f"{name}.npz", {"covered": covered})
+    return {"name": f"{name}.npy", "bytes": int(objects.map_records(f"{name}.npy").nbytes)}
 
 
 def missing(objects, name, reasons):

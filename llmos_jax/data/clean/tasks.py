@@ -1,6 +1,6 @@
 """What a runner may be asked to do, on any machine that shares the folder: the functions that tasks name."""
 
-from llmos_jax.data.clean.exchange import emit, finish, reduce
+from llmos_jax.data.clean.exchange import finish, reduce
 from llmos_jax.data.clean.objects import Objects
 from llmos_jax.data.clean.output import write_shard
 from llmos_jax.data.clean.reading import hash_files, read_files
@@ -11,7 +11,6 @@ FUNCTIONS = {
     "hash": hash_files,
     "read": read_files,
     "stage": run_stage,
-    "emit": emit,
     "reduce": reduce,
     "finish": finish,
     "write": write_shard,

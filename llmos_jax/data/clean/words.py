@@ -34,6 +34,8 @@ _LONG_UNITS = [
     for second in seconds
 ]
 _HAS_LETTER, _NO_SIGN = 1, 2
+_ROW_BITS = 12
+_ROW = 1 << _ROW_BITS
 _BASE = 0x9E3779B97F4A7C15
 _BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 # What counts as a sign, not a word, in Gopher's rules: punctuation of the scripts in use, controls.
@@ -126,12 +128,12 @@ def _borders(before, here, after):
     return both if here == _DOT and before == _LOWER and after == _UPPER else 0
 
 
-@functools.lru_cache(maxsize=8)
-def _powers(size):
-    """Returns _BASE ** i and _BASE ** -i modulo 2 ** 64 for i below `size`."""
+@functools.lru_cache(maxsize=16)
+def _powers(base, rows):
+    """Returns base ** i for i < _ROW and base ** (_ROW * i) for i < rows, modulo 2 ** 64: the product of two is any power."""
     both = []
-    for base in (_BASE, _BASE_INVERSE):
-        factors = np.full(size, base, np.uint64)
+    for factor, size in ((base, _ROW), (pow(base, _ROW, 1 << 64), rows)):
+        factors = np.full(size, factor, np.uint64)
         factors[0] = 1
         both.append(np.cumprod(factors, dtype=np.uint64))
     return both
@@ -148,20 +150,26 @@ def mixed(values):
 
 def prefix_sums(codes, *, is_folded=False):
     """Returns sums [N + 1] from which `stretch_hashes` takes the hash of any stretch of the code points `codes` [N]."""
-    sums = np.zeros(len(codes) + 1, np.uint64)
+    low, high = _powers(_BASE, _rows(len(codes)))
+    sums = np.empty(len(codes) + 1, np.uint64)
+    sums[0], terms = 0, sums[1:]
     # "clip" spares a copy; no code point is beyond the table.
-    np.take(_hash_tables()[is_folded], codes, out=sums[1:], mode="clip")
-    sums[1:] *= _powers(_power_of_two(len(codes)))[0][: len(codes)]
+    np.take(_hash_tables()[is_folded], codes, out=terms, mode="clip")
+    for row, start in enumerate(range(0, len(codes), _ROW)):
+        part = terms[start : start + _ROW]
+        part *= low[: len(part)]
+        part *= high[row]
     return np.cumsum(sums, out=sums)
 
 
 def stretch_hashes(sums, starts, stops):
     """Returns the uint64 hashes of the stretches starts .. stops of the text that `prefix_sums` gave `sums` for."""
-    return mixed((sums[stops] - sums[starts]) * _powers(_power_of_two(len(sums) - 1))[1][starts])
+    low, high = _powers(_BASE_INVERSE, _rows(len(sums)))
+    return mixed((sums[stops] - sums[starts]) * low[starts & (_ROW - 1)] * high[starts >> _ROW_BITS])
 
 
-def _power_of_two(size):
-    return 1 << max(10, int(size).bit_length())
+def _rows(size):
+    return 1 << (size >> _ROW_BITS).bit_length()
 
 
 def code_points(texts):
@@ -342,6 +350,28 @@ def hash_of(word):
     return stretch_hashes(prefix_sums(codes), starts, starts + len(word))[0]
 
 
+def _find_all(texts, *, is_folded=False):
+    """Returns the Words of texts of any length: long ones are looked at in pieces, so that memory is bounded."""
+    if all(len(text) <= 2 * _BATCH_CHARACTERS for text in texts):
+        return _find(texts, is_folded=is_folded)
+    cut = [list(_pieces(text)) for text in texts]
+    pieces = [piece for parts in cut for piece in parts]
+    found = concatenate([_find(pieces[part], is_folded=is_folded) for part in batches(pieces)])
+    return dataclasses.replace(found, first=found.first[np.cumsum([0, *map(len, cut)])])
+
+
+def _pieces(text):
+    """Yields a text in pieces that end at a newline or blank; a word longer than a piece is cut, too."""
+    start = 0
+    while len(text) - start > _BATCH_CHARACTERS:
+        stop = start + _BATCH_CHARACTERS
+        blank = max(text.rfind(mark, start, stop) for mark in " \n")
+        stop = blank + 1 if blank > start else stop
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
+
+
 # Return the Words of a list of texts, with the hashes of words as they are written, and of their lower-case forms.
-words_of = OfTexts(_find)
-folded_words_of = OfTexts(functools.partial(_find, is_folded=True))
+words_of = OfTexts(_find_all)
+folded_words_of = OfTexts(functools.partial(_find_all, is_folded=True))

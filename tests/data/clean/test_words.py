@@ -78,6 +78,22 @@ def test_batches_and_chosen_texts_change_nothing(monkeypatch):
     assert len(held([]).hashes) == 0
 
 
+def test_long_texts_are_looked_at_in_pieces(monkeypatch):
+    texts = ["short", "Don't cut words: not 'these' ones.\n" * 40, "x" * 250 + " end", ""]
+    whole = words_lib._find(texts)
+    monkeypatch.setattr(words_lib, "_BATCH_CHARACTERS", 50)
+    found = words_lib._find_all(texts)
+    # Only the word that is longer than a piece is cut.
+    assert np.diff(found.first).tolist() == (np.diff(whole.first) + [0, 0, 4, 0]).tolist()
+    np.testing.assert_array_equal(found.hashes[: found.first[2]], whole.hashes[: whole.first[2]])
+    assert found.lengths.sum() == whole.lengths.sum() and found.hashes[-1] == whole.hashes[-1]
+
+
+def test_hashes_do_not_depend_on_where_a_word_stands():
+    far = words_of([" " * 9000 + "word " + "y" * 5000 + " word"])
+    assert len(set(far.hashes[[0, 2]].tolist() + [hash_of("word")])) == 1
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.lists(TEXTS, max_size=6))
 def test_lines_are_those_of_split(texts):
