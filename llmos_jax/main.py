@@ -18,7 +18,8 @@ _USAGE = """usage: llmos [VERB] [flags]
               (the verb when none is given; going on where the run directory stands)
   plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
   prepare     --config=experiments/prepare.py:data=PATH --workdir=DIR: raw text to a clean dataset (going on where it stands)
-  dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N --key=KEY --text=TEXT]
+  dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N]
+              (lookup: --key=KEY, --text=TEXT, or --records=FOLDER --record=N for a training record)
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
   convert     --from=hf:FOLDER --workdir=DIR: a checkpoint of transformers (or hf:OWNER/NAME) as a run directory
@@ -117,12 +118,27 @@ def _dataset(words, values, overrides, launched):
             removed = dataset.collect_garbage(directory, keep=values.keep)
         print(f"removed {len(removed)} files and folders" if removed else "nothing to remove")
     elif action == "lookup":
-        if (values.key is None) == (values.text is None):
-            raise errors.ConfigError("dataset lookup needs --key=KEY or --text=TEXT.")
-        found = list(dataset.lookup(version, key=values.key, text=values.text))
-        print("\n\n".join(map(dataset.format_place, found)) or "not found")
+        print("\n\n".join(map(dataset.format_place, _looked_up(version, values))) or "not found")
     else:
         raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup.")
+
+
+def _looked_up(version, values):
+    """Returns what the flags ask for: the places of a document, of a piece of text, or of all that a training record holds."""
+    from llmos_jax.data.clean import dataset
+    from llmos_jax.data.lineage import documents_of
+    from llmos_jax.data.store import Store
+
+    asked = [values.key is not None, values.text is not None, values.records is not None]
+    if sum(asked) != 1 or (values.records is None) != (values.record is None):
+        raise errors.ConfigError("dataset lookup needs --key=KEY, --text=TEXT, or --records=FOLDER with --record=NUMBER.")
+    if values.records is None:
+        return list(dataset.lookup(version, key=values.key, text=values.text))
+    store = Store(values.records)
+    if not 0 <= values.record < store.count("train"):
+        raise errors.ConfigError(f"--record={values.record}: {store.directory} has {store.count('train')} training records.")
+    keys = documents_of(store.directory, "train", values.record, store.length)
+    return [place for key in keys for place in dataset.lookup(version, key=key)]
 
 
 def _generate(words, values, overrides, launched):
@@ -234,6 +250,8 @@ def _parse(argv):
     flags.DEFINE_integer("version", None, "version of a dataset; none: the newest", **text)
     flags.DEFINE_string("key", None, "key of a document to look up", **text)
     flags.DEFINE_string("text", None, "piece of text to look up", **text)
+    flags.DEFINE_string("records", None, "folder of training records, to look up one of them", **text)
+    flags.DEFINE_integer("record", None, "number of a training record to look up", **text)
     flags.DEFINE_bool("help", False, "show this", short_name="h", **text)
     try:
         words = values([argv[0], *rest])[1:]
