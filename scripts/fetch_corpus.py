@@ -33,7 +33,7 @@ PACKAGES = {
                 *(f"manpages-{language}" for language in LANGUAGES)],
     "dictionaries": ["dict-gcide", "dict-wn", "dict-foldoc", "dict-jargon", "dict-vera", "dict-freedict-deu-eng",
                      "wordnet-base"],
-    "documentation": ["linux-doc-6.1", "python3.11-doc", "rust-doc", "openjdk-17-doc", "libboost1.81-doc", "postgresql-doc-15",
+    "documentation": ["linux-doc-6.1", "python3.11-doc", "openjdk-17-doc", "libboost1.81-doc", "postgresql-doc-15",
                       "apache2-doc", "git-doc", "libreoffice-help-de", "libreoffice-help-es", "libreoffice-help-fr",
                       "libreoffice-help-ru", "libreoffice-help-en-us"],
     "books": ["anarchism", "debian-reference-en", "debian-reference-de", "developers-reference", "debian-handbook", "fortunes",
@@ -99,7 +99,7 @@ def _pages(root, package, target):
             continue
         copy = target / package / file.relative_to(root / "usr")
         if "." not in name:
-            copy = copy.with_name(f"{copy.name}.txt")
+            copy = copy.with_name(f"{name}.txt" + file.name.removeprefix(name))
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, copy)
 
