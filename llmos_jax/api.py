@@ -131,7 +131,7 @@ def plan(settings, topology):
     handle = describe_model(lambda *, rngs: task.model(placement, rngs=rngs), placement)
     check_batch(settings, placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
-    traced, _ = step_compile.trace_step(settings, task.loss, task.fields, handle, optimizer, placement)
+    traced, _ = step_compile.trace_step(settings, task, handle, optimizer, placement)
     slices = settings.train.microbatches
     if placement.pipeline and placement.pipeline.schedule == "1f1b":  # the others join their microbatches before the head
         slices *= placement.pipeline.microbatches
@@ -302,7 +302,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     from llmos_jax.data.prepare import records_directory
     from llmos_jax.evaluate.evaluator import make_evaluator
     from llmos_jax.train import directory as run_directory
-    from llmos_jax.train import loop
+    from llmos_jax.train import loop, privacy
 
     prepare_platform(settings.train)
     distributed.check_count()
@@ -320,19 +320,22 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     task = distributed.leaders_first(records_directory(settings.data), build)
     watchdog.mark("init")
     settings = dataclasses.replace(settings, model=task.model_config)
-    distributed.check_same(settings, data=task.identity)
+    trained = task  # with privacy, batches are drawn otherwise than those of evaluations
+    if settings.train.privacy is not None:
+        settings, trained = privacy.make_private(settings, task, placement)
+    distributed.check_same(settings, data=trained.identity)
     distributed.from_first("claim", lambda: run_directory.claim(directory, settings))
     is_first = distributed.index() == 0
     for name, text in task.artifacts.items() if is_first else ():
         host.write_whole(directory / name, text)
     machine = devices.describe_devices(placement.mesh.devices.flat)
-    tokens = task.batch_size * task.tokens_per_row
+    tokens = settings.train.batch_size * task.tokens_per_row
     logging.info("%s on %s, mesh %s", settings.name, machine, dict(placement.mesh.shape))
     logging.info("%s parameters; a step is %s tokens, %.3g FLOPs", f"{task.parameter_count:,}", f"{tokens:,}",
                  task.flops_per_token * tokens)  # fmt: skip
     result = loop.train(
         settings,
-        task,
+        trained,
         placement,
         directory,
         evaluate=lambda handle: make_evaluator(task, handle, placement),
@@ -344,6 +347,9 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     )
     summary = dataclasses.asdict(result) | {"baselines": dict(task.baselines), "machine": machine}
     logging.info("%s", headline(summary))
+    if settings.train.privacy is not None:
+        summary["privacy"] = privacy.spent(settings, privacy.sampling_probability(settings, task), result.step)
+        logging.info("%s", privacy.describe(summary["privacy"]))
     if not is_first:
         return summary
     _report(settings, task, directory, summary)

@@ -18,7 +18,7 @@ _USAGE = """usage: llmos [VERB] [flags]
               (the verb when none is given; going on where the run directory stands)
   plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
   prepare     --config=experiments/prepare.py:data=PATH --workdir=DIR: raw text to a clean dataset (going on where it stands)
-  dataset     ls | verify | compare | gc | lookup  --workdir=DIR [--version=N --keep=N]
+  dataset     ls | verify | compare | gc | lookup | audit  --workdir=DIR [--version=N --keep=N]
               (lookup: --key=KEY, --text=TEXT, or --records=FOLDER --record=N for a training record)
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
@@ -119,8 +119,12 @@ def _dataset(words, values, overrides, launched):
         print(f"removed {len(removed)} files and folders" if removed else "nothing to remove")
     elif action == "lookup":
         print("\n\n".join(map(dataset.format_place, _looked_up(version, values))) or "not found")
+    elif action == "audit":
+        from llmos_jax.data.clean import pii_audit
+
+        print(pii_audit.format_audit(pii_audit.audit(version)))
     else:
-        raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup.")
+        raise errors.ConfigError(f"dataset {action!r} is unknown; known: ls, verify, compare, gc, lookup, audit.")
 
 
 def _looked_up(version, values):

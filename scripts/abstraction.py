@@ -240,7 +240,7 @@ def framework_step(shape):
     placement = make_placement(None, jax.devices()[:1])
     handle = state.describe_model(functools.partial(gpt.build, settings.model, placement), placement)
     optimizer = optim.make_optimizer(settings.optim, handle.infos)
-    return step_compile.trace_step(settings, known.loss, known.fields, handle, optimizer, placement)[0]
+    return step_compile.trace_step(settings, known, handle, optimizer, placement)[0]
 
 
 def measure(traced):

@@ -36,7 +36,7 @@ class Loader:
 
         tokens, targets, segments, positions int32 [n, L]; weights float32 [n, L]; target_bytes int32 [n].
         """
-        return self._read(*self.locate(np.arange(step * self.batch_size + start, step * self.batch_size + stop)))
+        return self.read(*self.locate(np.arange(step * self.batch_size + start, step * self.batch_size + stop)))
 
     def locate(self, examples):
         """Returns (store number, record number) of examples 0, 1, 2, ... of the endless training stream."""
@@ -59,7 +59,7 @@ class Loader:
         clipped = shuffled(np.minimum(examples, borders[-1] - 1), int(borders[-1]), seed="evaluation")
         owners = np.searchsorted(borders, clipped, side="right")
         records = clipped - (borders - self.counts)[owners]
-        batch = self._read(owners, records)
+        batch = self.read(owners, records)
         batch["weights"] *= is_real[:, None]
         batch["segments"] *= is_real[:, None]
         batch["target_bytes"] *= is_real
@@ -90,7 +90,8 @@ class Loader:
                 "settings, or start another run directory (train.init_from keeps the weights)."
             )
 
-    def _read(self, owners, records):
+    def read(self, owners, records):
+        """Returns the batch of these (store number, record number), arrays as `rows` returns them."""
         parts = {}
         for number in np.unique(owners):
             mine = np.flatnonzero(owners == number)

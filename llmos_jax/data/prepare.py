@@ -18,7 +18,7 @@ from llmos_jax.data.fertility import Fertility, format_fertility
 from llmos_jax.data.lineage import Lineage, lineage_file
 from llmos_jax.data.sources import SourceConfig
 from llmos_jax.data.store import FORMAT, SPLITS, Store, is_store, write_store
-from llmos_jax.data.text import Packer
+from llmos_jax.data.text import DocumentPacker, Packer
 from llmos_jax.data.tokenizer import TRAINED, load_tokenizer, make_tokenizer, pieces
 from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 
@@ -44,6 +44,9 @@ class DataConfig:
     stages: tuple[StageConfig, ...] = setting((), help="curriculum: from which step on which weights count")
     tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE or unigram:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
+    packing: str = setting(
+        "stream", help="records are cut from all documents in a row, or hold one document each", choices=("stream", "document")
+    )
     validation_fraction: float = setting(
         0.1, help="share of files (of one text file: its end) for validation", above=0, below=1
     )
@@ -252,7 +255,8 @@ def _tokenizer_texts(config, inputs, log):
 def _prepare_one(config, item, tokenizer, cache, log):
     """Returns the folder of one raw source's records, writing it if it is not there."""
     reading = [item.source.text_key, item.source.format, item.source.repair, item.source.main_content]
-    key = fingerprint([item.content, reading, tokenizer.fingerprint, config.length, config.validation_fraction, FORMAT])
+    shape = [config.length, config.packing, config.validation_fraction, FORMAT]
+    key = fingerprint([item.content, reading, tokenizer.fingerprint, *shape])
     folder = cache / f"records-{key}"
     if is_store(folder):
         return folder
@@ -267,6 +271,7 @@ def _prepare_one(config, item, tokenizer, cache, log):
         manifest = surveyed | {
             "content": item.content,
             "source": item.source.path,
+            "packing": config.packing,
             "tokenizer": tokenizer.fingerprint,
             "tokenizer_setting": config.tokenizer,
             "tokenizer_report": measured,
@@ -284,6 +289,9 @@ def _prepare_one(config, item, tokenizer, cache, log):
         f"{item.source.path}: {counts['train']} training documents ({sizes[0]:.1f} MB), {counts['validation']} for validation "
         f"({sizes[1]:.1f} MB), prepared in {time.perf_counter() - start:.1f} s into {folder}"
     )
+    if streams["train"].cut_tokens:
+        cut = f"{streams['train'].cut_tokens:,}"
+        log(f"{cut} tokens behind the first {config.length} of their document were left out (data.packing=document).")
     return folder
 
 
@@ -292,15 +300,22 @@ class _Stream:
 
     def __init__(self, item, split, config, tokenizer, dtype):
         self._item, self._split, self._config, self._tokenizer, self._dtype = item, split, config, tokenizer, dtype
-        self.lineage, self.fertility, self.tokens = Lineage(), Fertility(tokenizer), 0
+        self.lineage, self.fertility, self.tokens, self.cut_tokens = Lineage(), Fertility(tokenizer), 0, 0
 
     def records(self):
-        packer = Packer(self._config.length, self._tokenizer.end_id, self._tokenizer.token_byte_lengths, self._dtype)
-        for tokens in self._tokenizer.encode_all(self._texts()):
+        """Yields the records; with one for each document, what is behind its first `length` tokens is left out."""
+        is_by_document, length = self._config.packing == "document", self._config.length
+        make_packer = DocumentPacker if is_by_document else Packer
+        packer = make_packer(length, self._tokenizer.end_id, self._tokenizer.token_byte_lengths, self._dtype)
+        for number, tokens in enumerate(self._tokenizer.encode_all(self._texts()), start=1):
+            if is_by_document:
+                self.cut_tokens += max(0, len(tokens) - length)
+                tokens = tokens[:length]
             self.tokens += len(tokens)
             if self._split == "validation":
                 self.fertility.add_tokens(tokens)
-            self.lineage.place(self.tokens)
+            # Document number n is record n where each has its own: as if every one filled it.
+            self.lineage.place(number * (length - 1) if is_by_document else self.tokens)
             yield from packer.add(tokens)
         yield from packer.finish()
 
@@ -338,6 +353,7 @@ def _check(config, store, tokenizer):
         ("tokenizer", tokenizer.fingerprint, identity["tokenizer"]),
         ("vocabulary size", tokenizer.vocab_size, identity["vocab_size"]),
         ("data.length", config.length, identity["length"]),
+        ("data.packing", config.packing, identity["packing"]),
     ):
         if asked != there:
             raise DataIdentityMismatch(

@@ -128,7 +128,10 @@ class Store:
     @property
     def identity(self):
         """What decides the content: a dict that two equal stores share."""
-        return {key: self.manifest[key] for key in ("content", "tokenizer", "vocab_size", "length", "validation_fraction")}
+        return {
+            key: self.manifest[key]
+            for key in ("content", "packing", "tokenizer", "vocab_size", "length", "validation_fraction")
+        }
 
     def count(self, split):
         """Returns the number of records of a split."""

@@ -1,5 +1,7 @@
 """Packing: documents as one stream of tokens, cut into records of fixed length that know their document borders."""
 
+import functools
+
 import numpy as np
 
 # A long document is cut into records in pieces, so that only its tokens take memory.
@@ -61,6 +63,26 @@ class Packer:
         numbered = np.where(is_real, segments - segments[0] + 1, 0)
         target_bytes = int(self.token_byte_lengths[tokens[1:]][is_real[1:]].sum())
         return {"tokens": tokens, "segments": numbered.astype(segment_dtype(self.length)), "target_bytes": target_bytes}
+
+
+class DocumentPacker:
+    """Makes one record of each document of at most `length` tokens: END doc END, padded with segment 0.
+
+    Differential privacy protects a record, so no other document may share it.
+    """
+
+    def __init__(self, length, end_id, token_byte_lengths, dtype):
+        self._packer = functools.partial(Packer, length, end_id, token_byte_lengths, dtype)
+
+    def add(self, tokens):
+        """Yields the record of one document."""
+        packer = self._packer()
+        record, *_ = [*packer.add(tokens), *packer.finish()]  # a full one leaves no room for its second END
+        yield record
+
+    def finish(self):
+        """Yields nothing: no document waits for another."""
+        yield from ()
 
 
 def segment_dtype(length):

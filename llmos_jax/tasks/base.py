@@ -58,7 +58,8 @@ class Task:
     model: `model(placement, *, rngs)` builds the Flax module. model_config: its resolved settings. fields: the arrays of
     a batch. rows(step, start, stop): rows of the global training batch of `step`, a pure function of its arguments.
     loss(model, batch, key) -> (sum, weight, {name: sum}); only the step divides. tokens_per_row, flops_per_token,
-    parameter_count: for throughput and MFU. identity: of the data, saved with every checkpoint; check_identity(saved)
+    parameter_count: for throughput and MFU. loader: `data.loader.Loader` that rows are read with, where batches may be drawn
+    otherwise (differential privacy). identity: of the data, saved with every checkpoint; check_identity(saved)
     raises DataIdentityMismatch. artifacts: {file name: text} that a trained model needs (its tokenizer). prompts,
     sample_tokens, temperature: what to sample during training. baselines: {label: value} printed beside the result.
     """
@@ -76,6 +77,7 @@ class Task:
     identity: Mapping[str, Any]
     check_identity: Callable[[Mapping[str, Any]], None]
     artifacts: Mapping[str, str]
+    loader: Any = None
     tokenizer: Any = None
     prompts: tuple[str, ...] = ()
     sample_tokens: int = 0

@@ -60,6 +60,7 @@ def build(config, *, model, data, batch_size, seed, log=print):
         evaluations=(validation,),
         identity=train.identity,
         check_identity=train.check_identity,
+        loader=train,
         artifacts={"tokenizer.json": json.dumps(prepared.tokenizer.to_json())},
         tokenizer=prepared.tokenizer,
         prompts=config.prompts,

@@ -5,31 +5,36 @@ import jax
 from llmos_jax.compute.memory import bytes_per_device
 from llmos_jax.train import state as states
 from llmos_jax.train.clock import abstract_reading, with_reading
+from llmos_jax.train.privacy import batch_rows, private_fields
+from llmos_jax.train.private_step import make_privatizer
 from llmos_jax.train.step import make_step
 
 
-def trace_step(settings, loss, fields, handle, optimizer, placement):
+def trace_step(settings, task, handle, optimizer, placement):
     """Returns (traced step, its abstract state); `.lower().compile()` makes the program
     `(state, batch, reading of the clock) -> (state, metrics)`.
 
     Nothing is allocated: the state, donated, and the batch are known by shape and sharding alone.
 
     Args:
-      settings: Settings. loss, fields: of the Task (`tasks.base.Task`). handle: `state.ModelHandle`.
+      settings: Settings. task: `tasks.base.Task` or `Outline`. handle: `state.ModelHandle`.
       optimizer: optax transformation (`optim.make_optimizer`). placement: `compute.sharding.Placement`, of devices that
         may be a topology's.
     """
+    rows, microbatches = batch_rows(settings, placement)
     step = make_step(
-        loss,
+        task.loss,
         handle,
         optimizer,
         settings.optim,
         seed=settings.seed,
         steps=settings.train.steps,
-        microbatches=settings.train.microbatches,
+        microbatches=microbatches,
+        privatizer=make_privatizer(settings, task.model, placement),
     )
     state = states.abstract_state(handle, optimizer, placement, with_ema=settings.optim.ema is not None)
-    batch = abstract_batch(fields, settings.train.batch_size, placement)
+    fields = task.fields if settings.train.privacy is None else private_fields(task.fields)
+    batch = abstract_batch(fields, rows, placement)
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, state), placement.sharding())
     step = jax.jit(with_reading(step, placement.mesh), donate_argnums=0, out_shardings=shardings)
     return step.trace(state, batch, abstract_reading(placement.mesh)), state

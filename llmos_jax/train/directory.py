@@ -19,6 +19,9 @@ _MAY_CHANGE = (
     "data.cache_dir",
     "data.on_corrupt",
     "data.max_corrupt",
+    "train.privacy.delta",
+    "train.privacy.epsilon",
+    "train.privacy.rows_at_once",
     "model.attention",
     "model.execution",
     "model.remat",
@@ -83,6 +86,8 @@ def finished(directory, settings):
     asked = to_plain(settings)
     if asked["model"].get("vocab_size") == 0:  # fitted to the tokenizer; what it became stands in the saved settings
         asked["model"]["vocab_size"] = saved["model"].get("vocab_size")
+    if asked["train"]["privacy"] and asked["train"]["privacy"]["noise_multiplier"] is None:  # follows from the budget
+        asked["train"]["privacy"]["noise_multiplier"] = (saved["train"].get("privacy") or {}).get("noise_multiplier")
     if _identity_differences(saved, asked):
         return None
     train = settings.train
@@ -98,6 +103,7 @@ def mark_done(directory, summary):
 
 def _identity_differences(saved, asked):
     changed = [line for key in IDENTITY for line in differences(saved.get(key), asked.get(key), key)]
+    changed += differences(saved["train"].get("privacy"), asked["train"]["privacy"], "train.privacy")
     changed = [line for line in changed if not line.startswith(_MAY_CHANGE)]
     # Part of the data's position: found out by the checkpoint only after the settings here were written.
     rows = [tree["train"]["batch_size"] for tree in (saved, asked)]

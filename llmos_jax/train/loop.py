@@ -161,7 +161,7 @@ def _train(run, evaluate, sample, initial_params, launched):
     writer = MetricsWriter(run.directory, is_writer=is_first, step=position)
     account.merge({"redo": writer.lost_seconds})
     meter = ThroughputMeter(
-        tokens_per_step=task.batch_size * task.tokens_per_row,
+        tokens_per_step=config.batch_size * task.tokens_per_row,
         flops_per_token=task.flops_per_token,
         peak_flops=devices.peak_flops(run.placement.mesh.devices.flat, _dtype_name(run)),
     )
@@ -297,7 +297,7 @@ def _is_due(every, position):
 
 def _compile(run):
     """Returns the compiled step, having checked that it fits the device."""
-    traced, state = trace_step(run.settings, run.task.loss, run.task.fields, run.handle, run.optimizer, run.placement)
+    traced, state = trace_step(run.settings, run.task, run.handle, run.optimizer, run.placement)
     device = jax.local_devices()[0]
     compiled = traced.lower().compile(xla.compiler_options(device, run.settings.train.compiler_options))
     memory.check_fit(compiled, state_parts(state), memory.device_limit_bytes(device))

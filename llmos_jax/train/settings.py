@@ -12,6 +12,7 @@ from llmos_jax.errors import ConfigError
 from llmos_jax.models.attention_context import check_length
 from llmos_jax.train.checkpoint import CheckpointConfig
 from llmos_jax.train.optim import OptimConfig
+from llmos_jax.train.privacy import PrivacyConfig, batch_rows, check_private
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,7 @@ class TrainConfig:
     profile_steps: tuple[int, ...] = setting((), help="first and last step of a profiler trace", at_least=1)
     init_from: str | None = setting(None, help="run directory, or hf:FOLDER, whose parameters are the start")
     compiler_options: dict[str, str] = setting({}, help="of XLA, over those that compute/xla.py has for the device; none: not")
+    privacy: PrivacyConfig | None = setting(None, help="differential privacy (epsilon, noise_multiplier, ...); none: off")
     keep_heap: bool = setting(True, help="on CPU with glibc: keep freed memory (1.7 times faster steps)")
 
     def __post_init__(self):
@@ -66,10 +68,13 @@ IDENTITY = ("name", "seed", "model", "task", "data", "optim")
 def check_batch(settings, placement):
     """Raises ConfigError when the batch can't be cut: rows into data shards x microbatches, length into its shards."""
     shards, train, plan = placement.axis_size("batch"), settings.train, placement.pipeline
+    if train.privacy is not None:
+        check_private(settings, placement)
+    rows = batch_rows(settings, placement)[0]
     multiple, parts = shards * train.microbatches, f"{shards} data shards x train.microbatches={train.microbatches}"
     if plan is not None:
         multiple, parts = multiple * plan.microbatches, f"{parts} x mesh.pipeline_microbatches={plan.microbatches}"
-    if train.batch_size % multiple:
+    if rows % multiple:
         raise ConfigError(
             f"train.batch_size={train.batch_size} is not divisible by {parts}; the next size that is: "
             f"{-(-train.batch_size // multiple) * multiple}."

@@ -14,7 +14,7 @@ from llmos_jax.train.optim import schedule
 from llmos_jax.train.state import TrainState
 
 
-def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
+def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1, privatizer=None):
     """Returns `step(state, batch, clock) -> (state, metrics)`, to be jitted with the state donated.
 
     Args:
@@ -26,6 +26,8 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
       seed: of dropout; the key of a step depends on it and on the updates applied so far.
       steps: planned number of steps, or None when only the clock counts.
       microbatches: gradients are accumulated over this many slices of the batch.
+      privatizer: `private_step.Privatizer`; gradients are then clipped by document, noised, and divided by what a batch holds
+        on average.
 
     `clock` is the share of the planned wall time that is used up (0 without `max_seconds`). Metrics are scalars on the
     device, and the guard's counters under "guard". Nothing is read by the host.
@@ -36,7 +38,9 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
         return total, (weight, sums)
 
     plan = handle.placement.pipeline
-    if plan is not None and plan.schedule == "1f1b":
+    if privatizer is not None:
+        gradient, microbatches = privatizer.gradient(loss, handle), 1
+    elif plan is not None and plan.schedule == "1f1b":
         gradient, microbatches = pipelined_gradient(loss, handle, microbatches), 1
     else:
         gradient = jax.value_and_grad(loss_of, has_aux=True)
@@ -48,9 +52,12 @@ def make_step(loss, handle, optimizer, config, *, seed, steps, microbatches=1):
         # ZeRO: gradients are scattered to the devices that update with them, still in the dtype of their reduction.
         gradients = jax.lax.with_sharding_constraint(gradients, handle.optimizer_shardings)
         scale = 1.0 / jnp.maximum(weight, 1.0)
-        gradients = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients)
+        if privatizer is None:
+            gradients, judged = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, gradients), total
+        else:  # whether a step is skipped must follow from what is released: the loss is not
+            gradients, judged = privatizer.average(gradients, batch, handle), jnp.float32(0)
         squares = [jnp.square(leaf).sum() for leaf in jax.tree.leaves(gradients)]
-        is_good, norm, guarded = guard.judge(config, state.guard, state.step, total, squares)
+        is_good, norm, guarded = guard.judge(config, state.guard, state.step, judged, squares)
         if config.clip_norm is not None:
             clip = jnp.minimum(1.0, config.clip_norm / (norm + 1e-6))
             gradients = jax.tree.map(lambda g: g * clip, gradients)

@@ -5,16 +5,18 @@ import json
 import numpy as np
 
 from llmos_jax.data.clean.objects import SMALL
+from llmos_jax.data.clean.steps import parse_steps
 
 # What steps note for the runner's own use.
 _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
 
 
-def write_shard(objects, key, shard, source, layers, state, attributes):
+def write_shard(objects, key, shard, source, layers, state, attributes, guards):
     """Writes the clean documents, the removed ones and the cuts of a shard.
 
-    attributes: [[step, name of its arrays]]. Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}.
+    attributes: [[step, name of its arrays]]. guards: settings of the steps that `protect` all that is written.
+    Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}.
     """
     documents = objects.read_documents(shard)
     reasons = objects.read_arrays(state)["reasons"] if state else np.full(len(documents), "")
@@ -23,6 +25,8 @@ def write_shard(objects, key, shard, source, layers, state, attributes):
     # The number of the step that removed each document: what later steps once found about it is not shown.
     ended = np.array([order[step] if step else len(order) for step, _, _ in split], np.int64)
     cuts = _apply_layers(objects, documents, layers, attributes, ended)
+    for guard in parse_steps(guards):
+        _protect(guard.protect, documents, ended < len(order), cuts)
     found = {step: objects.read_arrays(name) for step, name in attributes}
     is_here = reasons == ""
     result, names = {}, []
@@ -52,6 +56,22 @@ def write_shard(objects, key, shard, source, layers, state, attributes):
     if cuts["key"]:
         write("cut", cuts, [len(text.encode()) for text in cuts["removed"]])
     return {kind: result.get(kind) for kind in KINDS} | {"objects": names}
+
+
+def _protect(protect, documents, is_removed, cuts):
+    """Applies `protect` to what no step saw it in: removed documents, cuts of other steps, and all metadata."""
+    for place in np.flatnonzero(is_removed):
+        documents.texts[place] = protect(documents.texts[place])
+    cuts["removed"] = [protect(text) for text in cuts["removed"]]
+    documents.metadata = [_protected(item, protect) for item in documents.metadata]
+
+
+def _protected(item, protect):
+    if isinstance(item, dict):
+        return {key: _protected(value, protect) for key, value in item.items()}
+    if isinstance(item, list):
+        return [_protected(value, protect) for value in item]
+    return protect(item) if isinstance(item, str) else item
 
 
 def _columns(documents, source):

@@ -64,7 +64,7 @@ def prepare_dataset(config, directory, *, log=print):
         for number, steps in enumerate(stages):
             following = stages[number + 1][0] if number + 1 < len(stages) else None
             plan.run(steps, following)
-        outputs = plan.write()
+        outputs = plan.write(config.steps)
     version = write_version(directory, config, inputs, plan.funnel, outputs)
     log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
     return version
@@ -153,7 +153,7 @@ class _Plan:
             self.funnel.append(_add(entries))
             self.log(_line(self.funnel[-1]))
 
-    def write(self):
+    def write(self, steps):
         """Writes what came out of every shard; returns its {kind: file} in order."""
         tasks = []
         for number, shard in enumerate(self.shards):
@@ -163,8 +163,9 @@ class _Plan:
                 "layers": self.layers[number],
                 "state": self.states[number],
                 "attributes": self.attributes[number],
+                "guards": to_plain([step for step in steps if getattr(step, "protect", None)]),
             }
-            key = fingerprint(arguments)
+            key = fingerprint([arguments, [step.fingerprint for step in steps]])
             tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
         return self.runner.run(tasks, "writing")
 

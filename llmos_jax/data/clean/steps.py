@@ -103,6 +103,8 @@ class Filter(Step):
 class Transform(Step):
     """A step that changes texts. A text that becomes blank is removed for the reason `emptied`."""
 
+    protect = None  # or `protect(text)`: what of a text may be in any file of the dataset, be it removed text or metadata
+
     def transform(self, documents, findings=None):
         """Returns (texts, {attribute: array [n]}, removed) for Documents.
 
