@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 import time
@@ -35,7 +36,8 @@ def run_directory(tmp_path_factory):
     directory = tmp_path_factory.mktemp("runs")
     for path in EXPERIMENTS:
         start = time.monotonic()
-        done = llmos(f"--config={path}:smoke", f"--workdir={directory / path.stem}")
+        verb = ["prepare"] if path.stem == "prepare" else []
+        done = llmos(*verb, f"--config={path}:smoke", f"--workdir={directory / path.stem}")
         assert done.returncode == 0, done.stderr
         print(f"{path}:smoke took {time.monotonic() - start:.1f} s")
     return directory / "gpt"
@@ -73,7 +75,7 @@ def test_checkpoint_verbs(run_directory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "there is no verb 'trian'; known: train, plan, generate, checkpoint"),
+        (["trian"], "there is no verb 'trian'; known: train, plan, prepare, dataset, generate, convert, checkpoint"),
         ([], "--config is missing"),
         (["--config=experiments/gtp.py"], "there is no file experiments/gtp.py"),
         (["--config=experiments/gpt.py:sise=nano"], "option 'sise' is unknown; did you mean 'size'"),
@@ -118,15 +120,20 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
     assert re.search(words, error), error
 
 
-EXAMPLES = [
-    line for line in pathlib.Path("README.md").read_text().splitlines() if line.startswith("llmos") and "--config=" in line
-]
+def examples():
+    """Returns the commands of the README that name settings: continued lines joined, comments cut off."""
+    lines = pathlib.Path("README.md").read_text().replace("\\\n", " ").splitlines()
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith("llmos") and "--config=" in line]
 
 
-@pytest.mark.parametrize("line", EXAMPLES)
+@pytest.mark.parametrize("line", examples())
 def test_examples_of_the_readme_are_settings_that_work(line):
-    """On eight devices where the example names a mesh, else on one; the data that they name is not there."""
-    words, values, overrides = _parse(line.split())
+    """On eight devices where the example names a mesh, else on one; data and checkpoints that they name are not there."""
+    words, values, overrides = _parse(line.replace("=...", "=experiments/prepare.py").split())
+    if words == ["prepare"]:
+        assert api.load_prepare_settings(values.config, overrides)[0].sources
+        return
+    overrides = [(name, value) for name, value in overrides if not value.startswith("hf:")]
     assert words in ([], ["train"], ["plan"])
     settings, _ = api.load_settings(values.config, overrides)
     placement = make_placement(settings.mesh, jax.devices()[: 8 if "mesh" in line else 1])
