@@ -204,6 +204,13 @@ class LanguageModel:
         sampling = sampling or config.parse(SamplingConfig, choices)
         return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
 
+    def stream(self, prompts, sampling=None, **choices):
+        """Yields (row, piece of text) as they appear; a caller who stops asking ends all rows."""
+        from llmos_jax.serve.sample import SamplingConfig
+
+        sampling = sampling or config.parse(SamplingConfig, choices)
+        return self.generator.stream(self.params, list(prompts), sampling)
+
     def chat(self, messages, sampling=None, on_text=None, **choices):
         """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
 
@@ -382,6 +389,7 @@ def _sampler(task, settings, handle, placement):
 
     def sample(params):
         texts = generator.generate(params, task.prompts, sampling)
+        generator.release()  # training goes on: it needs the memory
         return [{"prompt": prompt, "text": done.text} for prompt, done in zip(task.prompts, texts, strict=True)]
 
     return sample

@@ -64,33 +64,33 @@ def attend(
     return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks, **capped)
 
 
-def attend_cached(
-    query_BLHK, key_cache_BGMK, value_cache_BGMK, start_B, *, first_B=None, window=None, scale=None, softcap=None
-):
-    """Returns attention [B, L, H, K] of L new tokens to a cache that already holds their own keys and values.
+def attend_cached(query_BLHK, past, recent, past_B, start, *, window=None, scale=None, softcap=None):
+    """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
-    The tokens of row b are at cache positions start_B[b] .. start_B[b] + L - 1 and see positions first_B[b] (0 unless
-    given: where a row padded on the left begins) to their own, the latest `window` of them if given. Padding rows come
-    out finite. L = 1 is a decoding step, L > 1 a prompt. Memory: float32 scores of at most 512 tokens at a time.
+    past: (key, value) [G, B, M, K] of the first past_B[b] tokens of row b, finite beyond; None: there are none. recent: the
+    same, [G, B, N, K], of the tokens after those, as far as they are known: the queries are the recent tokens start ..
+    start + L - 1, and see the past and the recent ones to their own, the latest `window` if given. Memory: float32 scores of
+    at most 512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
-    cache_shape = (batch, key_cache_BGMK.shape[1], key_cache_BGMK.shape[2], size)
-    if key_cache_BGMK.shape != cache_shape or value_cache_BGMK.shape != cache_shape or heads % cache_shape[1]:
-        raise ConfigError(
-            f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key_cache_BGMK.shape} and "
-            f"values {value_cache_BGMK.shape}; expected [B, G, M, K] with H a multiple of G."
-        )
+    groups = recent[0].shape[0]
+    for key_value in (past, recent) if past is not None else (recent,):
+        if any(x.shape != (groups, batch, x.shape[2], size) for x in key_value) or heads % groups:
+            raise ConfigError(
+                f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key_value[0].shape} and "
+                f"values {key_value[1].shape}; expected [G, B, M, K] with H a multiple of G."
+            )
     scale = 1 / np.sqrt(size) if scale is None else scale
-    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, cache_shape[1], -1, size)
-    query_BGRLK = query.transpose(0, 2, 3, 1, 4)
-    position_BL = jnp.asarray(start_B)[:, None] + jnp.arange(length)
+    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, groups, -1, size)
+    query_GBRLK = query.transpose(2, 0, 3, 1, 4)
+    recent_L = start + jnp.arange(length)
     outputs = []
-    for start in range(0, length, _CACHED_ROWS):
-        rows = slice(start, min(start + _CACHED_ROWS, length))
-        seen_BLM = _seen_in_cache(position_BL[:, rows], cache_shape[2], first_B, window)
-        outputs.append(_attend_rows(query_BGRLK[:, :, :, rows], key_cache_BGMK, value_cache_BGMK, seen_BLM, softcap))
-    output_BGRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
-    return output_BGRLK.transpose(0, 3, 1, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
+    for begin in range(0, length, _CACHED_ROWS):
+        rows = slice(begin, min(begin + _CACHED_ROWS, length))
+        seen = _seen_in_cache(recent_L[rows], past, recent, past_B, window)
+        outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], past, recent, seen, softcap))
+    output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
+    return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,24 +327,33 @@ def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
 _KERNELS = {"reference": _reference, "blocked": _blocked, "xla": _xla, "cudnn": _cudnn}
 
 
-def _seen_in_cache(position_BL, cache_length, first_B, window):
-    """Returns which cache positions each new token sees, bool [B, L, M]."""
-    slot_M = jnp.arange(cache_length)
-    seen_BLM = slot_M <= position_BL[:, :, None]
-    if first_B is not None:
-        seen_BLM &= slot_M >= first_B[:, None, None]
+def _seen_in_cache(recent_L, past, recent, past_B, window):
+    """Returns which tokens of the past, and of the recent ones, each new token sees, bool [B or 1, L, M + N]."""
+    slot_N = jnp.arange(recent[0].shape[2])
+    seen = slot_N <= recent_L[:, None]
     if window is not None:
-        seen_BLM &= slot_M > position_BL[:, :, None] - window
-    return seen_BLM
+        seen &= slot_N > recent_L[:, None] - window
+    seen_BLM = seen[None]
+    if past is None:
+        return seen_BLM
+    slot_M = jnp.arange(past[0].shape[2])
+    past_BLM = jnp.broadcast_to(slot_M < past_B[:, None, None], (past_B.shape[0], recent_L.shape[0], slot_M.shape[0]))
+    if window is not None:
+        past_BLM &= slot_M > (past_B[:, None] + recent_L)[:, :, None] - window
+    return jnp.concatenate([past_BLM, jnp.broadcast_to(seen_BLM, (*past_BLM.shape[:2], slot_N.shape[0]))], -1)
 
 
 def _capped(scores, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _attend_rows(query_BGRLK, key_BGMK, value_BGMK, seen_BLM, softcap):
-    """Returns attention [B, G, R, L, K] in float32, with full scores."""
-    scores = jnp.einsum("BGRLK,BGMK->BGRLM", query_BGRLK, key_BGMK, preferred_element_type=jnp.float32)
-    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None, None], _capped(scores, softcap), HIDDEN))
-    weights = weights.astype(value_BGMK.dtype)
-    return jnp.einsum("BGRLM,BGMK->BGRLK", weights, value_BGMK, preferred_element_type=jnp.float32)
+def _attend_rows(query_GBRLK, past, recent, seen_BLM, softcap):
+    """Returns attention [G, B, R, L, K] in float32, with full scores."""
+    parts = [recent] if past is None else [past, recent]
+    sizes = [key.shape[2] for key, _ in parts]
+    wide = dict(preferred_element_type=jnp.float32)
+    scores = [jnp.einsum("GBRLK,GBMK->GBRLM", query_GBRLK, key, **wide) for key, _ in parts]
+    scores = _capped(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], softcap)
+    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores, HIDDEN)).astype(recent[1].dtype)
+    weights = jnp.split(weights, sizes[:-1], -1)
+    return sum(jnp.einsum("GBRLM,GBMK->GBRLK", w, value, **wide) for w, (_, value) in zip(weights, parts, strict=True))

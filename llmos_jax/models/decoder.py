@@ -15,7 +15,7 @@ from jax import lax
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import head, moe
-from llmos_jax.models.attention import IMPLEMENTATIONS, attend, attend_cached
+from llmos_jax.models.attention import IMPLEMENTATIONS, attend
 from llmos_jax.models.layers import dropout, fold_key, lookup, parameter
 from llmos_jax.models.rope import rotate
 from llmos_jax.models.stack import EXECUTIONS, REMAT_POLICIES, Stack
@@ -89,6 +89,11 @@ class DecoderConfig:
         """Which of `windows` each layer has; None where all have the first."""
         return tuple(int(layer in self.global_layers) for layer in range(self.layers)) if self.global_layers else None
 
+    @property
+    def stretched_from(self):
+        """Rows longer than this turn every position by their own length (some rotary scalings); None: no row does."""
+        return None
+
     def attended(self, length):
         """Returns how many tokens of a row of `length` the layers attend to, added up."""
         windows = [self.windows[kind] for kind in self.kinds or (0,) * self.layers]
@@ -136,10 +141,9 @@ class Attention(nnx.Module):
             rotation = jax.tree.map(lambda *of_kinds: lax.select_n(kind, *of_kinds), *rotations)
         return rotate(query, rotation), rotate(key, rotation), value
 
-    def cached(self, query_BLHK, key_BGMK, value_BGMK, start_B, first_B, kind):
-        """Returns attention of new tokens to a cache (see `attend_cached`), before `output`."""
-        masks = dict(first_B=first_B, window=self.windows[kind], scale=self.scale, softcap=self.softcap)
-        return attend_cached(query_BLHK, key_BGMK, value_BGMK, start_B, **masks)
+    def cached(self, cache, query_BLHK, key_BLGK, value_BLGK, read, kind):
+        """Returns (attention of new tokens to a cache and to each other, cache), before `output` (see `Decoder.decode`)."""
+        return read(cache, query_BLHK, key_BLGK, value_BLGK, window=self.windows[kind], scale=self.scale, softcap=self.softcap)
 
 
 class Block(nnx.Module):
@@ -171,15 +175,14 @@ class Block(nnx.Module):
         mixed_BLD = mixed_BLD if norm is None else norm(mixed_BLD)
         return residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, key))
 
-    def decode(self, x_BLD, cache, start_B, first_B, rotations, kind=0):
-        """Returns (x, cache) for L new tokens at positions start..start+L-1; cache is (key, value), [B, G, M, K] each.
+    def decode(self, x_BLD, cache, read, rotations, kind=0):
+        """Returns (x, cache) for L new tokens of every row, whose layer's `cache` is what `read` reads and extends.
 
         Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token that
         is generated can't know.
         """
-        query, key, value = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
-        cache = tuple(_write(old, new, start_B) for old, new in zip(cache, (key, value), strict=True))
-        mixed = self.attention.cached(query, *cache, start_B, first_B, kind)
+        projected = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
+        mixed, cache = self.attention.cached(cache, *projected, read, kind)
         x_BLD = self._add(x_BLD, self.attention.output(mixed), self.attention_post_norm, None)
         h_BLD = self.mlp_norm(x_BLD)
         mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self.transform(h_BLD)
@@ -218,7 +221,7 @@ class Decoder(nnx.Module):
         """Returns the embeddings of tokens, [B, L, D]; a form may add positions."""
         return lookup(self.embedding[...], tokens_BL, self.placement, self.dtype)
 
-    def rotations(self, positions_BL):
+    def rotations(self, positions_BL, longest_BL=None):
         """Returns what turns queries and keys by their positions (`rope.rotate`), for each kind of layer; or None."""
         return None
 
@@ -281,19 +284,18 @@ class Decoder(nnx.Module):
         logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
         return head.capped(logits_BLV, self.logits_softcap)
 
-    def decode(self, tokens_BL, blocks, cache, start_B, first_B):
-        """Returns (hidden [B, L, D], cache): L new tokens in cache slots start..start+L-1 of every row.
+    def decode(self, tokens_BL, positions_BL, blocks, cache, read, longest_BL=None):
+        """Returns (hidden [B, L, D], cache): L new tokens of every row, at these positions.
 
-        `blocks`: `stack.bind(layers)`; `cache`: one (key, value) pair a layer; first_B: the first slot that holds a token of
-        the row (rows are padded on the left), so positions count from there.
+        `blocks`: `stack.bind(layers)`. `cache`: one entry a layer. `read(entry, query [B, L, H, K], key, value [B, L, G, K],
+        window=, scale=, softcap=)` returns (attention [B, L, H, K] of the new tokens to all that they see, the entry with
+        them): so the model need not know how keys and values are stored. longest_BL: see `rope.rotation`.
         """
-        slots_BL = start_B[:, None] + jnp.arange(tokens_BL.shape[1])
-        positions_BL = jnp.maximum(slots_BL - first_B[:, None], 0)
-        x_BLD, rotations = self.embed(tokens_BL, positions_BL), self.rotations(positions_BL)
+        x_BLD, rotations = self.embed(tokens_BL, positions_BL), self.rotations(positions_BL, longest_BL)
         written, kinds = [], self.config.kinds or (0,) * len(blocks)
-        for block, layer_cache, kind in zip(blocks, cache, kinds, strict=True):
-            x_BLD, layer_cache = block.decode(x_BLD, layer_cache, start_B, first_B, rotations, kind)
-            written.append(layer_cache)
+        for block, entry, kind in zip(blocks, cache, kinds, strict=True):
+            x_BLD, entry = block.decode(x_BLD, entry, read, rotations, kind)
+            written.append(entry)
         return self.norm(x_BLD), written
 
 
@@ -354,12 +356,3 @@ def _gather_positions(placement, x_BLD):
     Left to itself the compiler may gather the weight instead, over data and model axes, and move the product's outputs.
     """
     return placement.constrain(x_BLD, "batch", "length", None)
-
-
-def _write(cache_BGMK, new_BLGK, start_B):
-    new_BGLK = new_BLGK.swapaxes(1, 2).astype(cache_BGMK.dtype)
-    if new_BGLK.shape[2] == cache_BGMK.shape[2]:
-        return new_BGLK
-    return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (0, start, 0)))(
-        cache_BGMK, new_BGLK, start_B
-    )

@@ -79,6 +79,11 @@ class Config(decoder.DecoderConfig):
         of_windows = self.rope if self.window_rope is None else self.window_rope
         return (of_windows, self.rope) if self.global_layers else (of_windows,)
 
+    @property
+    def stretched_from(self):
+        """Rows longer than this turn every position by their own length; None: no row does."""
+        return min((rope.original_context for rope in self.ropes if rope.depends_on_length), default=None)
+
 
 class Attention(decoder.Attention):
     """Grouped-query attention (Ainslie et al. 2023): keys and values in one projection, heads outermost."""
@@ -143,9 +148,9 @@ class Llama(decoder.Decoder):
         x_BLD = super().embed(tokens_BL, positions_BL)
         return x_BLD * jnp.asarray(self.config.width**0.5, x_BLD.dtype) if self.config.is_embedding_scaled else x_BLD
 
-    def rotations(self, positions_BL):
+    def rotations(self, positions_BL, longest_BL=None):
         """Returns (cosine, sine) of every position's angles for each kind of layer, float32 [B, L, K / 2] each."""
-        return tuple(rotation(rope, self.config.head_size, positions_BL) for rope in self.config.ropes)
+        return tuple(rotation(rope, self.config.head_size, positions_BL, longest_BL) for rope in self.config.ropes)
 
 
 def build(config, placement, *, rngs):

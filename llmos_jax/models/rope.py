@@ -44,6 +44,11 @@ class RopeConfig:
         if self.beta_slow >= self.beta_fast:
             raise ConfigError(f"rope.beta_slow={self.beta_slow} must be below rope.beta_fast={self.beta_fast}.")
 
+    @property
+    def depends_on_length(self):
+        """Whether a position's angles depend on how long its row is."""
+        return self.scaling in ("dynamic", "longrope")
+
     def turned(self, head_size):
         """Returns how many of a head's features are turned."""
         return int(head_size * self.share)
@@ -64,12 +69,16 @@ class RopeConfig:
                 )
 
 
-def rotation(config, head_size, positions_BL):
-    """Returns (cosine, sine) of every position's angles, float32 [B, L, pairs] each: what `rotate` takes."""
+def rotation(config, head_size, positions_BL, longest_BL=None):
+    """Returns (cosine, sine) of every position's angles, float32 [B, L, pairs] each: what `rotate` takes.
+
+    longest_BL: the length of the row that each token sees, where that decides (`depends_on_length`); by default the row's
+    largest position + 1. Tokens that come one by one see a longer row each; those of a prompt see all of it.
+    """
     frequencies = jnp.asarray(rope_frequencies(config, head_size), jnp.float32)
-    if config.scaling in ("dynamic", "longrope"):
-        longest_B11 = positions_BL.max(-1)[:, None, None] + 1
-        frequencies = _by_length(config, head_size, frequencies, longest_B11)
+    if config.depends_on_length:
+        longest = positions_BL.max(-1, keepdims=True) + 1 if longest_BL is None else longest_BL
+        frequencies = _by_length(config, head_size, frequencies, longest[..., None])
     angles_BLK = positions_BL[..., None].astype(jnp.float32) * frequencies
     scale = _attention_factor(config)
     return jnp.cos(angles_BLK) * scale, jnp.sin(angles_BLK) * scale
@@ -102,14 +111,14 @@ def rotate(x_BLHK, rotation):
     return jnp.concatenate(parts if turned == x_BLHK.shape[-1] else [*parts, x_BLHK[..., turned:]], -1)
 
 
-def _by_length(config, head_size, frequencies, longest_B11):
-    """Returns the frequencies [B, 1, pairs] of rows whose longest position differs; what a row sees depends on it alone."""
+def _by_length(config, head_size, frequencies, longest_BL1):
+    """Returns the frequencies [B, L or 1, pairs] of rows that differ in length; what a row sees depends on it alone."""
     turned, original = config.turned(head_size), config.original_context
     exponents = -jnp.arange(0, turned, 2, dtype=jnp.float32) / turned
     if config.scaling == "longrope":
         stretched = jnp.asarray(config.base ** (-np.arange(0, turned, 2) / turned) / np.array(config.long_factors), jnp.float32)
-        return jnp.where(longest_B11 > original, stretched, frequencies)
-    growth = config.factor * jnp.maximum(longest_B11, original) / original - (config.factor - 1)
+        return jnp.where(longest_BL1 > original, stretched, frequencies)
+    growth = config.factor * jnp.maximum(longest_BL1, original) / original - (config.factor - 1)
     return (config.base * growth ** (turned / (turned - 2))) ** exponents
 
 

@@ -1,19 +1,105 @@
-"""The key-value cache of a decoder: one (key, value) pair a layer, donated and updated in place."""
+"""Keys and values in pages, on the devices: made, gathered for a program's rows, written back. Donated and updated in place.
+
+A program reads what its rows have (the past) once, gathered from pages, keeps the tokens that it adds (the recent ones) beside
+it, and writes only these back: whatever a decoding loop does in between touches neither pool nor past. Both parts are attended
+to at once (`models.attention.attend_cached`).
+"""
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-# Cache and prompt lengths are rounded up to this, so that few programs are compiled.
-LENGTH_MULTIPLE = 64
-
-
-def round_up(length, multiple=LENGTH_MULTIPLE):
-    """Returns `length` rounded up to a multiple."""
-    return -(-length // multiple) * multiple
+from llmos_jax.models.attention import attend, attend_cached
 
 
-def init_cache(shape, layers, dtype, placement):
-    """Returns a zeroed cache: `layers` pairs of arrays [B, G, M, K], heads laid over the model axis."""
-    sharding = placement.sharding("batch" if shape[0] % placement.axis_size("batch") == 0 else None, "heads", None, None)
+def init_pools(family, config, pages, page_size, dtype, placement):
+    """Returns zeroed pools: a (key, value) pair a layer, [G, pages + 1, page_size, K] each, heads laid over the model axis.
+
+    Page 0 takes what is written for nobody.
+    """
+    (rows, groups, length, size), layers = family.cache_shapes(config, pages + 1, page_size)
+    shape, sharding = (groups, rows, length, size), pool_sharding(placement)
     make = jax.jit(lambda: [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)], out_shardings=sharding)
     return make()
+
+
+def pool_sharding(placement):
+    """Returns how every pool is laid out."""
+    return placement.sharding("heads", None, None, None)
+
+
+def page_bytes(family, config, page_size, dtype):
+    """Returns the bytes of one page, keys and values of all layers."""
+    (_, groups, length, size), layers = family.cache_shapes(config, 1, page_size)
+    return 2 * layers * groups * length * size * jnp.dtype(dtype).itemsize
+
+
+def gather(pools, table_BP, past_B):
+    """Returns the past of rows, a (key, value) pair a layer, [G, B, P x page_size, K] each; zeros from past_B on.
+
+    table_BP: the pages of each row. What earlier owners left in a page never matters: not even if it is not finite.
+    """
+
+    def read(pool_GPSK):
+        groups, _, page_size, size = pool_GPSK.shape
+        rows, pages = table_BP.shape
+        past_GBMK = pool_GPSK[:, table_BP].reshape(groups, rows, pages * page_size, size)
+        return jnp.where((jnp.arange(pages * page_size) < past_B[:, None])[None, :, :, None], past_GBMK, 0)
+
+    return jax.tree.map(read, pools)
+
+
+def init_recent(pools, rows, length):
+    """Returns room for `length` tokens of each row, a (key, value) pair a layer, [G, B, length, K] each."""
+    return jax.tree.map(lambda pool: jnp.zeros((pool.shape[0], rows, length, pool.shape[3]), pool.dtype), pools)
+
+
+def write_tokens(pools, recent, table_BP, past_B, count_B):
+    """Returns the pools with the first count_B recent tokens of each row behind its past; the others go to page 0."""
+    page_size, pages = pools[0][0].shape[2], table_BP.shape[1]
+    step_N = jnp.arange(recent[0][0].shape[2])
+    position_BN = past_B[:, None] + step_N
+    index_BN = position_BN // page_size
+    page_BN = jnp.take_along_axis(table_BP, jnp.minimum(index_BN, pages - 1), 1)
+    page_BN = jnp.where((step_N < count_B[:, None]) & (index_BN < pages), page_BN, 0)
+    return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(new), pools, recent)
+
+
+def write_pages(pools, recent, pages_BP):
+    """Returns the pools with the recent tokens of each row, which begin on a page's border, in these whole pages."""
+
+    def write(pool, new):
+        groups, rows, _, size = new.shape
+        return pool.at[:, pages_BP].set(new.reshape(groups, rows, pages_BP.shape[1], pool.shape[2], size))
+
+    return jax.tree.map(write, pools, recent)
+
+
+def read_step(past_B, step):
+    """Returns the `read` of `Decoder.decode` whose entries are (past, recent): new tokens become recent ones from `step` on."""
+
+    def read(entry, query_BLHK, key_BLGK, value_BLGK, **mask):
+        past, recent = entry
+        new = (x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
+        recent = tuple(
+            lax.dynamic_update_slice(old, x.astype(old.dtype), (0, 0, step, 0)) for old, x in zip(recent, new, strict=True)
+        )
+        return attend_cached(query_BLHK, past, recent, past_B, step, **mask), (past, recent)
+
+    return read
+
+
+def read_chunk(past_B, dtype, placement):
+    """Returns the `read` of `Decoder.decode` whose entries are pasts (None: there is none) and become recent tokens, all new.
+
+    Without a past it is the attention of training, with its kernels, where rows are whole.
+    """
+
+    def read(past, query_BLHK, key_BLGK, value_BLGK, **mask):
+        key_BLGK, value_BLGK = (x.astype(dtype) for x in (key_BLGK, value_BLGK))
+        recent = tuple(x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
+        if past is None and placement.axis_size("length") == 1:
+            return attend(query_BLHK, key_BLGK, value_BLGK, placement=placement, **mask), recent
+        return attend_cached(query_BLHK, past, recent, past_B, 0, **mask), recent
+
+    return read

@@ -215,7 +215,7 @@ def test_combinations_that_no_kernel_takes_are_refused():
     with pytest.raises(ConfigError, match="'flash' is not one of auto, reference"):
         attend(query, key, value, implementation="flash")
     with pytest.raises(ConfigError, match="do not fit keys"):
-        attend_cached(query, key, value, jnp.zeros(2, jnp.int32))
+        attend_cached(query, None, (key, value), None, 0)
 
 
 @pytest.mark.parametrize(
@@ -273,11 +273,11 @@ def test_cudnn_lowers_for_a_gpu(mask, monkeypatch):
     assert ("CAUSAL" in program) == masks.get("is_causal", True)
 
 
-def naive_row(query_LHK, key_MGK, value_MGK, start, first, window):
+def naive_row(query_LHK, key_MGK, value_MGK, start, window):
     """Returns attention of one row of new tokens to a cache, in numpy."""
     output = np.zeros(query_LHK.shape)
     for i, h in np.ndindex(query_LHK.shape[:2]):
-        seen = slice(max(first, start + i - window + 1), start + i + 1)
+        seen = slice(max(0, start + i - window + 1), start + i + 1)
         group = h // (query_LHK.shape[1] // key_MGK.shape[1])
         weights = np.exp(key_MGK[seen, group] @ query_LHK[i, h] / np.sqrt(query_LHK.shape[2]))
         output[i, h] = weights @ value_MGK[seen, group] / weights.sum()
@@ -287,28 +287,28 @@ def naive_row(query_LHK, key_MGK, value_MGK, start, first, window):
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("repeats, window", [(1, None), (2, None), (2, 6)])
 def test_cached_is_the_definition(repeats, window, length):
+    """Rows with pasts of several lengths, one with none; new tokens from the third recent one on."""
     query, key, value, _ = inputs(40, repeats, batch=3)
-    start, first = np.array([0, 11, 35]), np.array([0, 4, 20])
-    cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    past_B, start, room = np.array([0, 11, 31]), 2, 9
+    head_first = [np.asarray(x).transpose(2, 0, 1, 3) for x in (key, value)]
+    past = [x[:, :, :32] * (np.arange(32) < past_B[:, None])[None, :, :, None] for x in head_first]
+    recent = [np.stack([x[:, b, past_B[b] : past_B[b] + room] for b in range(3)], 1) for x in head_first]
     new = query[:, :length]
-    decode = jax.jit(functools.partial(attend_cached, window=window))
-    for first_B in (None, first):
-        actual = decode(new, *cache, start, first_B=first_B)
-        for b in range(3):
-            begin = 0 if first_B is None else first[b]
-            expected = naive_row(*(np.asarray(x[b]) for x in (new, key, value)), start[b], begin, window or 40)
-            np.testing.assert_allclose(actual[b], expected, atol=1e-5)
+    actual = jax.jit(functools.partial(attend_cached, window=window))(new, past, recent, past_B, start)
+    for b in range(3):
+        expected = naive_row(*(np.asarray(x[b]) for x in (new, key, value)), past_B[b] + start, window or 40)
+        np.testing.assert_allclose(actual[b], expected, atol=1e-5)
 
 
-def test_cached_prompt_in_pieces_and_padding_rows():
+def test_a_long_chunk_is_attended_to_in_pieces():
     query, key, value, _ = inputs(530, groups=1)
-    cache = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    actual = jax.jit(attend_cached)(query, *cache, jnp.zeros(2, jnp.int32), first_B=jnp.array([0, 30]))
-    np.testing.assert_allclose(actual[0], run("reference", (query, key, value, query))[0][0], atol=1e-5)
-    padding = jnp.asarray(np.arange(530) < 30, jnp.int32)[None].repeat(2, 0)
-    expected = jax.jit(functools.partial(attend, implementation="reference"))(query, key, value, segments_BL=padding)
-    np.testing.assert_allclose(actual[1, 30:], expected[1, 30:], atol=1e-5)
-    assert np.isfinite(actual).all()
+    recent = [x.transpose(2, 0, 1, 3) for x in (key, value)]
+    expected = run("reference", (query, key, value, query))[0]
+    actual = jax.jit(lambda *x: attend_cached(*x, None, 0))(query, None, recent)
+    np.testing.assert_allclose(actual, expected, atol=1e-5)
+    past, late = ([x[:, :, rows] for x in recent] for rows in (slice(0, 10), slice(10, None)))
+    actual = jax.jit(attend_cached)(query[:, 10:], past, late, jnp.full(2, 10), 0)
+    np.testing.assert_allclose(actual, expected[:, 10:], atol=1e-5)
 
 
 @pytest.mark.slow

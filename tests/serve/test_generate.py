@@ -1,4 +1,4 @@
-"""Generation against the model run without a cache, and the sampler against its definition."""
+"""Text from the engine against the model run without a cache; streaming, stop texts, the context's end."""
 
 import functools
 
@@ -12,7 +12,6 @@ from llmos_jax.compute.sharding import make_placement
 from llmos_jax.data.tokenizer import ByteTokenizer
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import gpt
-from llmos_jax.serve import sample
 from llmos_jax.serve.generate import Generator, _held_back
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
@@ -92,6 +91,9 @@ def test_streamed_text_is_the_text(generator):
         assert "e" not in done.text
         assert done.reason in ("stop", "length", "end")
     assert any(done.reason == "stop" for done in texts)
+    streamed = list(generate.stream(params, PROMPTS, sampling))
+    assert ["".join(text for row, text in streamed if row == index) for index in range(4)] == [done.text for done in texts]
+    assert len(streamed) > 4
 
 
 def test_context_is_the_end(generator):
@@ -110,27 +112,3 @@ def test_held_back_is_the_longest_beginning_of_a_stop():
     assert _held_back("abc", ("cde", "bcq")) == 2
     assert _held_back("abc", ("x",)) == 0
     assert _held_back("aaa", ("aaaa",)) == 3
-
-
-@pytest.mark.parametrize(("top_k", "top_p"), [(1, None), (5, None), (None, 0.3), (None, 0.9), (7, 0.5), (None, 1.0)])
-def test_top_k_and_top_p_by_their_definition(top_k, top_p):
-    logits = np.random.default_rng(0).standard_normal((6, 50)).astype(np.float32) * 2
-    threshold = np.asarray(sample.threshold(jnp.asarray(logits), top_k, top_p))
-    for row in range(6):
-        order = np.argsort(-logits[row])
-        kept = list(order[:top_k])
-        if top_p is not None:
-            probabilities = np.exp(logits[row][kept]) / np.exp(logits[row][kept]).sum()
-            kept = [
-                token for token, before in zip(kept, np.cumsum(probabilities) - probabilities, strict=True) if before < top_p
-            ]
-        assert set(np.flatnonzero(logits[row] >= threshold[row])) == set(kept)
-
-
-def test_draws_follow_the_distribution():
-    logits = jnp.log(jnp.array([0.5, 0.3, 0.15, 0.05]))
-    keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = sample.choose(jnp.tile(logits, (20_000, 1)), keys, SamplingConfig(temperature=1.0, top_k=3))
-    shares = np.bincount(np.asarray(drawn), minlength=4) / 20_000
-    np.testing.assert_allclose(shares, [0.5 / 0.95, 0.3 / 0.95, 0.15 / 0.95, 0], atol=0.012)
-    assert not sample.choose(logits[None], keys[:1], SamplingConfig(temperature=0.0)).any()

@@ -314,6 +314,7 @@ def test_a_resumed_run_is_bitwise_the_same(documents, whole, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(whole[0]))
 
 
+@pytest.mark.slow
 @slow_to_compile
 def test_training_stops_at_the_budget(documents, tmp_path):
     summary = api.run_training(settings_for(documents, train__privacy__epsilon=2.0, train__steps=500), tmp_path)
@@ -322,6 +323,7 @@ def test_training_stops_at_the_budget(documents, tmp_path):
     assert account["epsilon"] <= 2.0 < privacy.epsilon(0.8, account["sampling_probability"], account["steps"] + 1, 1e-5)
 
 
+@pytest.mark.slow
 @slow_to_compile
 def test_another_key_draws_otherwise_and_is_not_mixed_in(documents, whole, tmp_path):
     key = tmp_path / "key"

@@ -1,0 +1,331 @@
+"""The inference engine: requests in, tokens out; continuous batching over a paged cache, with prefix reuse and drafts.
+
+`step` prefills a bounded number of prompt tokens, then decodes all rows that are ready: several tokens each in one dispatch, or
+one pass over drafts where rows have some. What a request gets depends on its tokens and its settings alone; neighbours, order,
+shared pages, preemption and drafts change only when it comes. Decisions use no clock, so all processes of a run agree.
+"""
+
+import collections
+import dataclasses
+
+import jax
+import numpy as np
+from absl import logging
+
+from llmos_jax.config import setting
+from llmos_jax.errors import ConfigError
+from llmos_jax.serve import cache
+from llmos_jax.serve.draft import Drafter
+from llmos_jax.serve.pages import PagePool
+from llmos_jax.serve.programs import Programs, row_arrays
+from llmos_jax.serve.sample import SamplingConfig
+from llmos_jax.serve.schedule import Request, Scheduler
+
+# A product with one row misses XLA:CPU's fast library (and low precision converts all weights); two rows don't.
+_LEAST_ROWS = 2
+# The fewest tokens of a row that have a program of their own.
+_LEAST_CONTEXT, _LEAST_CHUNK = 256, 32
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+    """How much runs at once, and in which pieces."""
+
+    rows: int = setting(16, help="requests that are decoded together", at_least=1)
+    page_size: int = setting(16, help="tokens of a page of the cache", at_least=1)
+    cache_bytes: int = setting(2**28, help="of keys and values, all devices together; at least one whole context", at_least=1)
+    prefill_tokens: int = setting(512, help="prompt tokens computed between two decoding steps", at_least=1)
+    decode_steps: int = setting(8, help="tokens of each row drawn in one dispatch", at_least=1)
+    draft_tokens: int = setting(6, help="tokens proposed from a row's own history and checked in one pass; 0: none", at_least=0)
+
+    def __post_init__(self):
+        if self.prefill_tokens < self.page_size:
+            raise ConfigError(f"prefill_tokens={self.prefill_tokens} is less than a page of page_size={self.page_size} tokens.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """News of a request: its new `tokens` (without one that ends it), and `reason` when it has ended.
+
+    reason: "end" (a token that ends), "length" (max_tokens), "context" (the model's), "cancelled" or "". logprobs: for each
+    token (its own, {token: of the likeliest}), where asked for.
+    """
+
+    id: int
+    tokens: tuple[int, ...]
+    reason: str = ""
+    logprobs: tuple = ()
+
+
+@dataclasses.dataclass
+class _Payload:
+    sampling: SamplingConfig
+    stream: int
+    drafter: Drafter
+
+    @property
+    def is_penalised(self):
+        s = self.sampling
+        return (s.repetition_penalty, s.presence_penalty, s.frequency_penalty) != (1.0, 0.0, 0.0)
+
+
+class Engine:
+    """Generates for many requests at once.
+
+    handle: a `ModelHandle`; family: the model's module (`cache_shapes`); config: its Config. vocab_size: tokens from here on
+    are never drawn. end_ids: tokens that end a continuation. `counts` adds up what was done.
+    """
+
+    def __init__(self, handle, family, config, params, *, vocab_size, end_ids=(), settings=None):
+        self.settings, self.config, self.handle, self.family = settings or EngineConfig(), config, handle, family
+        self.vocab_size, self.end_ids = vocab_size, frozenset(end_ids)
+        self.programs = Programs(handle, family, config, vocab_size, end_ids)
+        size, rows = self.settings.page_size, max(self.settings.rows, _LEAST_ROWS)
+        self.dtype = handle.merge(params).dtype
+        whole = -(-config.context // size)
+        affordable = self.settings.cache_bytes // cache.page_bytes(family, config, size, self.dtype)
+        self.pool = PagePool(min(max(affordable, whole), rows * whole), size)
+        self.scheduler = Scheduler(self.pool, self.settings.rows, self.settings.prefill_tokens)
+        self.counts = collections.Counter()
+        self._row_ladder = _ladder(_LEAST_ROWS, rows, 4)
+        self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
+        chunk = self.pool.pages_for(self.settings.prefill_tokens)
+        self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
+        self._next_id, self._weights, self._pools, self._cancelled = 0, None, None, []
+        self.load(params)
+
+    def load(self, params):
+        """Takes other weights; ConfigError while requests run. What pages remember is forgotten."""
+        if len(self.scheduler):
+            raise ConfigError(f"{len(self.scheduler)} requests still run: weights change between requests only.")
+        self.release()
+        self._weights = (params, self.programs.unstack(params["stack"]["blocks"]))
+        given = self.family, self.config, self.pool.pages, self.settings.page_size, self.dtype, self.handle.placement
+        self._pools = cache.init_pools(*given)
+
+    def release(self):
+        """Gives the memory of weights and cache back; `load` takes it again. Compiled programs are kept."""
+        self._weights = self._pools = None
+        self.pool.forget()
+
+    def submit(self, prompt, sampling, stream=0):
+        """Queues a prompt's tokens and returns the request's id.
+
+        stream: which of several continuations with the same seed. Raises ConfigError when the prompt does not fit the context,
+        holds what is no token, or its pages could never fit into the cache.
+        """
+        prompt = [int(token) for token in prompt]
+        if not 0 < len(prompt) <= self.config.context:
+            raise ConfigError(
+                f"the prompt has {len(prompt)} tokens; the model's context is {self.config.context}: give it at least one, and "
+                "no more than that."
+            )
+        wrong = next((token for token in prompt if not 0 <= token < self.vocab_size), None)
+        if wrong is not None:
+            raise ConfigError(f"the prompt has the token {wrong}; the vocabulary has {self.vocab_size}.")
+        sampling.check(self.vocab_size)
+        # The last position that the model knows tells one token more, which it never reads.
+        limit = min(len(prompt) + sampling.max_tokens, self.config.context + 1)
+        payload = _Payload(sampling, stream, Drafter())
+        request = Request(self._next_id, prompt, limit, salt=self._salt(len(prompt)), payload=payload)
+        self.scheduler.submit(request)
+        self._next_id += 1
+        return request.id
+
+    def cancel(self, identity, reason="cancelled"):
+        """Ends a request; the next `step` says so. False when there is none of this id (any more)."""
+        request = self.scheduler.find(identity)
+        if request is None:
+            return False
+        self.scheduler.finish(request, reason)
+        self._cancelled.append(Event(identity, (), reason))
+        return True
+
+    def forget_events(self):
+        """Drops the news of requests that were cancelled: for a caller who knows."""
+        self._cancelled = []
+
+    def step(self):
+        """Computes what is next and returns the Events; [] when there is nothing to do."""
+        events, self._cancelled = self._cancelled, []
+        self.scheduler.begin_step()
+        while chunk := self.scheduler.next_chunk():
+            self._prefill(*chunk, events)
+        rows = self.scheduler.decodable(max(self.settings.decode_steps, self.settings.draft_tokens + 1))
+        if rows:
+            drafts = self._drafts(rows)
+            self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
+        return events
+
+    def stream(self, prompts, samplings):
+        """Yields (index, Event) for every prompt until all have ended; those left are cancelled when the caller stops asking.
+
+        samplings: one SamplingConfig, or one a prompt. Equal prompts draw from different streams: their indices.
+        """
+        samplings = [samplings] * len(prompts) if isinstance(samplings, SamplingConfig) else samplings
+        index_of = {}
+        try:
+            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True)):
+                index_of[self.submit(prompt, sampling, stream=index)] = index
+            yield from self._follow(index_of)
+        finally:
+            for identity in index_of:
+                self.cancel(identity)
+            self.forget_events()
+
+    def _follow(self, index_of):
+        left = set(index_of)
+        while left:
+            for event in self.step():
+                if event.id not in left:
+                    continue
+                if event.reason:
+                    left.discard(event.id)
+                yield index_of[event.id], event
+
+    def generate(self, prompts, samplings):
+        """Returns (tokens, reason, logprobs) of every prompt's continuation."""
+        tokens, logprobs, reasons = [[] for _ in prompts], [[] for _ in prompts], [""] * len(prompts)
+        for index, event in self.stream(prompts, samplings):
+            tokens[index] += event.tokens
+            logprobs[index] += event.logprobs
+            reasons[index] = event.reason
+        return [(tuple(t), r, tuple(p)) for t, r, p in zip(tokens, reasons, logprobs, strict=True)]
+
+    def warm_up(self):
+        """Compiles every program that a request can need, and returns how many there are."""
+        for pages in self._page_ladder:
+            for rows in self._row_ladder:
+                self._run("decode", self._arrays([], rows, 1, pages), steps=self.settings.decode_steps)
+                if self.settings.draft_tokens:
+                    self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
+            for length in self._chunk_ladder:
+                self._run("prefill", self._chunk_arrays(None, 0, 0, length, pages), has_past=True)
+        for length in self._chunk_ladder:
+            self._run("prefill", self._chunk_arrays(None, 0, 0, length, 1), has_past=False)
+        logging.info("%d programs compiled", self.programs.count)
+        return self.programs.count
+
+    def _salt(self, prompt_length):
+        """Returns what keeps rows apart that turn the same positions by different angles."""
+        stretched = self.config.stretched_from
+        return b"" if stretched is None else str(max(prompt_length, stretched)).encode()
+
+    def _run(self, kind, rows, **static):
+        drawn, self._pools = self.programs.run(kind, self._weights, self._pools, rows, **static)
+        self.counts[kind] += 1
+        return jax.tree.map(np.asarray, drawn)
+
+    def _arrays(self, requests, rows, length, pages):
+        return row_arrays(requests, rows, length, pages, pages * self.pool.page_size)
+
+    def _chunk_arrays(self, request, start, stop, length, pages):
+        size = self.pool.page_size
+        rows = self._arrays([] if request is None else [request], 1, length, pages)
+        rows["pages"] = np.zeros((1, length // size), np.int32)
+        if request is not None:
+            rows["tokens"][0, : stop - start], rows["count"][0] = request.tokens[start:stop], stop - start
+            written = request.pages[start // size : -(-stop // size)]
+            rows["pages"][0, : len(written)] = written
+        return rows
+
+    def _prefill(self, request, start, stop, events):
+        length = next(length for length in self._chunk_ladder if length >= stop - start)
+        has_past = start > 0
+        pages = self._pages_for(start) if has_past else 1  # history follows the pages
+        if request.payload.is_penalised and stop == len(request.tokens):
+            pages, has_past = self._pages_for(stop), True
+        rows = self._chunk_arrays(request, start, stop, length, pages)
+        tokens, logprobs = self._run("prefill", rows, has_past=has_past)
+        self.counts["prefilled_tokens"] += stop - start
+        if stop < len(request.tokens):
+            self.scheduler.advance(request, stop)
+        else:
+            self._accept(request, tokens[:, 0], jax.tree.map(lambda x: x[:, 0], logprobs), events, computed=stop)
+
+    def _drafts(self, rows):
+        """Returns a draft for each row, or None where decoding step by step promises more."""
+        if not self.settings.draft_tokens:
+            return None
+        drafts = []
+        for request in rows:
+            room = min(request.limit - len(request.tokens) - 1, self.settings.draft_tokens)
+            drafts.append(request.payload.drafter.propose(request.tokens, room) if room > 0 else [])
+        return drafts if sum(map(len, drafts)) >= len(rows) else None
+
+    def _decode(self, requests, events):
+        steps = self.settings.decode_steps
+        pages = self._pages_for(max(r.computed for r in requests) + steps)
+        rows = self._arrays(requests, self._rows_for(requests), 1, pages)
+        for row, request in enumerate(requests):
+            rows["tokens"][row, 0] = request.tokens[-1]
+        tokens, logprobs = self._run("decode", rows, steps=steps)
+        for row, request in enumerate(requests):
+            self._accept(request, tokens[:, row], jax.tree.map(lambda x, row=row: x[:, row], logprobs), events)
+
+    def _verify(self, requests, drafts, events):
+        length = self.settings.draft_tokens + 1
+        pages = self._pages_for(max(r.computed for r in requests) + length)
+        rows = self._arrays(requests, self._rows_for(requests), length, pages)
+        for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
+            rows["tokens"][row, : 1 + len(draft)] = [request.tokens[-1], *draft]
+            rows["count"][row] = 1 + len(draft)
+        tokens, logprobs = self._run("verify", rows)
+        for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
+            right = 0
+            while right < len(draft) and tokens[right, row] == draft[right]:
+                right += 1
+            if draft:
+                request.payload.drafter.report(len(draft), right)
+                self.counts["drafted_tokens"] += len(draft)
+                self.counts["accepted_tokens"] += right
+            drawn = jax.tree.map(lambda x, row=row: x[:, row], logprobs)
+            self._accept(request, tokens[: right + 1, row], drawn, events)
+
+    def _accept(self, request, drawn, logprobs, events, computed=None):
+        """Takes the drawn tokens of a request up to the one that ends it; what follows is dropped."""
+        kept, reason, sampling = [], "", request.payload.sampling
+        for token in map(int, drawn):
+            kept.append(token)
+            if token in self.end_ids:
+                reason = "end"
+            elif request.generated + len(kept) >= sampling.max_tokens:
+                reason = "length"
+            elif len(request.tokens) + len(kept) >= request.limit:
+                reason = "context"
+            if reason:
+                break
+        self.counts["generated_tokens"] += len(kept)
+        self.scheduler.advance(request, request.computed + len(kept) if computed is None else computed, kept)
+        shown = tuple(kept[:-1] if reason == "end" else kept)
+        events.append(Event(request.id, shown, reason, _logprobs(sampling.logprobs, shown, logprobs)))
+        if reason:
+            self.counts["reused_tokens"] += request.reused
+            self.counts["preemptions"] += request.preemptions
+            self.scheduler.finish(request, reason)
+
+    def _rows_for(self, requests):
+        return next(rows for rows in self._row_ladder if rows >= len(requests))
+
+    def _pages_for(self, tokens):
+        pages = self.pool.pages_for(tokens)
+        return next((step for step in self._page_ladder if step >= pages), self._page_ladder[-1])
+
+
+def _ladder(least, most, factor):
+    """Returns rising sizes from `least` to `most`: what is in between takes the next one."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(sizes[-1] * factor, most))
+    return sizes
+
+
+def _logprobs(alternatives, tokens, logprobs):
+    """Returns what an Event says of the first `tokens`' log-probabilities."""
+    if alternatives is None:
+        return ()
+    found = []
+    for step in range(len(tokens)):
+        top = zip(logprobs["top_tokens"][step, :alternatives], logprobs["top"][step, :alternatives], strict=True)
+        found.append((float(logprobs["chosen"][step]), {int(token): float(value) for token, value in top}))
+    return tuple(found)

@@ -1,0 +1,151 @@
+"""The engine's compiled programs: prefill a chunk, decode several steps, verify drafts; a fixed set of shapes, counted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from llmos_jax.models.stack import unstack
+from llmos_jax.serve import cache
+from llmos_jax.serve.sample import Sampler, sampling_arrays
+
+
+class Programs:
+    """Compiles what it is asked for once per shape; `count` is how many there are.
+
+    rows: a dict of numpy arrays; `row_arrays` has their names and shapes.
+    """
+
+    def __init__(self, handle, family, config, vocab_size, end_ids):
+        self.handle, self.family, self.config, self.placement = handle, family, config, handle.placement
+        self.vocab_size, self.end_ids = vocab_size, np.array(sorted(end_ids), np.int32)
+        self.unstack = jax.jit(functools.partial(unstack, count=config.layers))
+        self._compiled = {}
+
+    @property
+    def count(self):
+        """How many programs were compiled."""
+        return len(self._compiled)
+
+    def run(self, kind, weights, pools, rows, **static):
+        """Runs "prefill", "decode" or "verify" and returns (outputs, pools); the pools given are used up."""
+        shapes = tuple(sorted((name, x.shape) for name, x in rows.items()))
+        key = (kind, shapes, pools[0][0].shape, tuple(sorted(static.items())))
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(kind, weights, pools, rows, static)
+        return self._compiled[key](weights, pools, rows)
+
+    def _compile(self, kind, weights, pools, rows, static):
+        run = functools.partial(getattr(self, f"_{kind}"), **static)
+        whole = self.placement.sharding()
+        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in rows.items()}
+        # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
+        outputs = (whole, cache.pool_sharding(self.placement))
+        return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, pools, shapes).compile()
+
+    def _bound(self, weights):
+        params, layers = weights
+        model = self.handle.merge(params)
+        return model, model.stack.bind(layers)
+
+    def _sampler(self, model, rows):
+        padded = model.head_weight.shape[0]
+        return Sampler(rows, rows["history"], rows["prompt"], rows["length"], padded, self.vocab_size)
+
+    def _positions(self, rows, start, length):
+        """Returns (positions [B, L] of new tokens, the length of the row that each sees)."""
+        positions_BL = rows["past"][:, None] + start + jnp.arange(length)
+        # Beyond the context are only tokens that will be dropped; they must stay finite.
+        positions_BL = jnp.minimum(positions_BL, self.config.context - 1)
+        return positions_BL, jnp.maximum(rows["prompt"][:, None], positions_BL + 1)
+
+    def _logits(self, model, hidden_BLD):
+        return self.placement.constrain(model.logits(hidden_BLD), None, None, None)
+
+    def _prefill(self, weights, pools, rows, has_past):
+        """Computes a chunk of tokens of each row, and draws what follows its last one."""
+        model, blocks = self._bound(weights)
+        tokens_BL = rows["tokens"]
+        past = cache.gather(pools, rows["table"], rows["past"]) if has_past else [None] * len(pools)
+        read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
+        positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, blocks, past, read, longest_BL)
+        pools = cache.write_pages(pools, recent, rows["pages"])
+        # Twice the same: a product with one row misses XLA:CPU's fast library.
+        last_B2 = jnp.repeat(rows["count"][:, None] - 1, 2, axis=1)
+        last_B2D = jnp.take_along_axis(hidden_BLD, last_B2[..., None], 1)
+        sampler = self._sampler(model, rows)
+        token_B, logprobs, _ = sampler.draw(self._logits(model, last_B2D)[:, 0], rows["index"], sampler.counts)
+        return jax.tree.map(lambda x: x[None], (token_B, logprobs)), pools
+
+    def _decode(self, weights, pools, rows, steps):
+        """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
+        model, blocks = self._bound(weights)
+        past = cache.gather(pools, rows["table"], rows["past"])
+        sampler, ends_E = self._sampler(model, rows), jnp.asarray(self.end_ids)
+
+        def advance(state):
+            step, token_B, is_active_B, recent, counts, drawn = state
+            positions_B1, longest_B1 = self._positions(rows, step, 1)
+            entries, read = list(zip(past, recent, strict=True)), cache.read_step(rows["past"], step)
+            hidden_B1D, entries = model.decode(token_B[:, None], positions_B1, blocks, entries, read, longest_B1)
+            logits_BV = self._logits(model, hidden_B1D)[:, 0]
+            token_B, logprobs, counts = sampler.draw(logits_BV, rows["index"] + step, counts)
+            drawn = jax.tree.map(lambda old, new: old.at[step].set(new), drawn, (token_B, logprobs))
+            is_active_B &= (step + 1 < rows["room"]) & ~(token_B[:, None] == ends_E).any(-1)
+            return step + 1, token_B, is_active_B, [recent for _, recent in entries], counts, drawn
+
+        recent, token_B = cache.init_recent(pools, rows["past"].shape[0], steps), rows["tokens"][:, 0]
+        drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
+        drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
+        state = (jnp.int32(0), token_B, rows["room"] > 0, recent, sampler.counts, drawn)
+        state = lax.while_loop(lambda state: (state[0] < steps) & state[2].any(), advance, state)
+        step, _, _, recent, _, drawn = state
+        count_B = jnp.where(rows["room"] > 0, step, 0)
+        return drawn, cache.write_tokens(pools, recent, rows["table"], rows["past"], count_B)
+
+    def _verify(self, weights, pools, rows):
+        """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""
+        model, blocks = self._bound(weights)
+        tokens_BL = rows["tokens"]
+        past = cache.gather(pools, rows["table"], rows["past"])
+        read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
+        positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, blocks, past, read, longest_BL)
+        logits_BLV, sampler = self._logits(model, hidden_BLD), self._sampler(model, rows)
+
+        def draw(counts, of_step):
+            step, logits_BV, draft_B = of_step
+            token_B, logprobs, _ = sampler.draw(logits_BV, rows["index"] + step, counts)
+            return sampler.count(counts, draft_B), (token_B, logprobs)  # were the draft wrong, the rest is dropped
+
+        steps_L, drafts_LB = jnp.arange(tokens_BL.shape[1]), jnp.roll(tokens_BL, -1, axis=1).T
+        _, drawn = lax.scan(draw, sampler.counts, (steps_L, logits_BLV.swapaxes(0, 1), drafts_LB))
+        return drawn, cache.write_tokens(pools, recent, rows["table"], rows["past"], rows["count"])
+
+
+def row_arrays(requests, size, length, pages, history):
+    """Returns {name: numpy array} of `size` rows, of which the first are `requests`: what every program reads of them.
+
+    tokens [B, length] (to be filled in), table [B, pages], history [B, history], past (tokens that lie in pages), count (new
+    tokens), room (tokens that may still be drawn; 0: nobody's row), prompt and length (of the history), index (of the next
+    token in its continuation), and those of the sampler. Fresh buffers: a program may still read the last ones.
+    """
+    rows = sampling_arrays([(r.payload.sampling, r.payload.stream) for r in requests], size)
+    for name in ("past", "count", "room", "prompt", "length", "index"):
+        rows[name] = np.zeros(size, np.int32)
+    rows["count"][:] = 1
+    rows["tokens"], rows["table"] = np.zeros((size, length), np.int32), np.zeros((size, pages), np.int32)
+    rows["history"] = np.zeros((size, history), np.int32)
+    for row, request in enumerate(requests):
+        rows["past"][row], rows["room"][row] = request.computed, request.limit - len(request.tokens)
+        rows["prompt"][row], rows["length"][row] = request.prompt_length, len(request.tokens)
+        rows["index"][row] = request.generated
+        held = request.pages[:pages]
+        rows["table"][row, : len(held)] = held
+        if request.payload.is_penalised:  # a chunk that is not a prompt's last draws nothing that is kept: it may be cut
+            known = request.tokens[:history]
+            rows["history"][row, : len(known)] = known
+    return rows

@@ -1,0 +1,315 @@
+"""The engine against a plain reference that runs every request alone, without cache, pages, drafts or neighbours."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmos_jax import config as config_lib
+from llmos_jax.compute.mesh import MeshConfig
+from llmos_jax.compute.sharding import make_placement
+from llmos_jax.errors import ConfigError
+from llmos_jax.models import gpt, llama
+from llmos_jax.models.rope import RopeConfig
+from llmos_jax.serve.engine import Engine, EngineConfig
+from llmos_jax.serve.sample import SamplingConfig
+from llmos_jax.train.state import describe_model
+
+VOCAB, END = 60, 7
+LLAMA = llama.Config(vocab_size=64, context=96, width=32, layers=2, heads=8, kv_heads=8, mlp=48, window=20, global_layers=(1,))
+GPT = gpt.Config(vocab_size=64, context=96, width=32, layers=2, heads=4)
+SMALL = EngineConfig(rows=4, page_size=4, cache_bytes=1, prefill_tokens=16, decode_steps=3, draft_tokens=3)
+PAIR = dataclasses.replace(SMALL, rows=2)  # half as many programs
+
+
+def make(family=llama, config=LLAMA, mesh=None, settings=SMALL, devices=None):
+    placement = make_placement(mesh, devices or jax.devices()[:1])
+    handle = describe_model(functools.partial(family.build, config, placement), placement)
+    params = jax.jit(handle.init)(jax.random.key(0))
+    # Initial weights are too small and too regular to show a mistake: scale matrices, jitter vectors.
+    keys = iter(jax.random.split(jax.random.key(1), 100))
+    params = jax.tree.map(lambda x: 6 * x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+    params = jax.device_put(params, handle.shardings)
+    return Engine(handle, family, config, params, vocab_size=VOCAB, end_ids={END}, settings=settings), params
+
+
+@functools.cache
+def logits_program(family, config):
+    placement = make_placement(None, jax.devices()[:1])
+    handle = describe_model(functools.partial(family.build, config, placement), placement)
+
+    @jax.jit
+    def run(params, tokens_BL, last):
+        model = handle.merge(params)
+        return model.logits(model.hidden(tokens_BL, jnp.arange(tokens_BL.shape[1])[None]))[0, last, :VOCAB]
+
+    return run
+
+
+def naive_choice(logits, sampling, stream, prompt, drawn):
+    """Draws a token as the settings' definitions say, in numpy but for the random numbers."""
+    logits = np.array(logits, np.float64)
+    for token in set(prompt + drawn):
+        logits[token] *= 1 / sampling.repetition_penalty if logits[token] > 0 else sampling.repetition_penalty
+    for token in drawn:
+        logits[token] -= sampling.frequency_penalty
+    for token in set(drawn):
+        logits[token] -= sampling.presence_penalty
+    for token, bias in sampling.logit_bias.items():
+        logits[int(token)] += bias
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    logits /= sampling.temperature
+    order = np.argsort(-logits)
+    kept = list(order[: sampling.top_k])
+    shares = np.exp(logits[kept] - logits.max()) / np.exp(logits[kept] - logits.max()).sum()
+    kept = [t for t, before in zip(kept, np.cumsum(shares) - shares, strict=True) if before < (sampling.top_p or 2.0)]
+    kept = [t for t in kept if np.exp(logits[t] - logits.max()) >= (sampling.min_p or 0)]
+    hidden = np.full(logits.shape, -np.inf)
+    hidden[kept] = logits[kept]
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(sampling.seed), stream), len(drawn))
+    gumbel = jax.random.gumbel(key, (64,))[:VOCAB]
+    return int(np.argmax(hidden + np.asarray(gumbel, np.float64)))
+
+
+def reference(params, prompt, sampling, stream=0, family=llama, config=LLAMA):
+    """Returns (tokens, reason) of a request that is alone in the world."""
+    run, drawn, padded = logits_program(family, config), [], np.zeros((1, config.context), np.int32)
+    while True:
+        known = prompt + drawn
+        padded[0, : len(known)] = known
+        drawn.append(naive_choice(run(params, padded.copy(), len(known) - 1), sampling, stream, prompt, drawn))
+        if drawn[-1] == END:
+            return tuple(drawn[:-1]), "end"
+        if len(drawn) == sampling.max_tokens:
+            return tuple(drawn), "length"
+        if len(prompt) + len(drawn) > config.context:
+            return tuple(drawn), "context"
+
+
+GREEDY = SamplingConfig(max_tokens=20, temperature=0.0)
+SAMPLINGS = [
+    GREEDY,
+    SamplingConfig(max_tokens=12, temperature=1.0, seed=3),
+    SamplingConfig(max_tokens=30, temperature=0.7, top_k=9, seed=2**32 - 1),
+    SamplingConfig(max_tokens=15, temperature=1.3, top_p=0.8, min_p=0.05, repetition_penalty=1.3),
+    SamplingConfig(
+        max_tokens=25, temperature=0.0, presence_penalty=0.5, frequency_penalty=0.7, logit_bias={"5": 2.5, "9": -9.0}
+    ),
+    SamplingConfig(max_tokens=1, temperature=0.0),
+]
+
+
+def prompts(count, seed=0):
+    """Prompts of all lengths, some with a beginning in common, some that repeat themselves."""
+    random = np.random.default_rng(seed)
+    common = random.integers(8, VOCAB, 30).tolist()
+    found = []
+    for index in range(count):
+        own = random.integers(8, VOCAB, random.integers(1, 30)).tolist()
+        found.append([own, common[: random.integers(4, 30)] + own, (own[:4] * 12)[:40]][index % 3])
+    return found
+
+
+@pytest.fixture(scope="module")
+def made():
+    return make()
+
+
+def assert_empty(engine):
+    counts = engine.pool.counts()
+    assert counts["held"] == 0 and sum(counts.values()) == engine.pool.pages and not len(engine.scheduler)
+
+
+ASKED = [(prompt, SAMPLINGS[index % len(SAMPLINGS)]) for index, prompt in enumerate(prompts(12))]
+
+
+@pytest.fixture(scope="module")
+def expected(made):
+    return [reference(made[1], prompt, sampling, index) for index, (prompt, sampling) in enumerate(ASKED)]
+
+
+class Oracle:
+    """Drafts what will come, but for a mistake now and then."""
+
+    def __init__(self, full, period):
+        self.full, self.period = full, period
+
+    def propose(self, tokens, count):
+        draft = list(self.full[len(tokens) : len(tokens) + count])
+        return [token ^ 1 if (len(tokens) + i) % self.period == 0 else token for i, token in enumerate(draft)]
+
+    def report(self, proposed, accepted):
+        pass
+
+
+def test_every_request_is_as_if_it_were_alone(made, expected):
+    engine, _ = made
+    found = engine.generate(*zip(*ASKED, strict=True))
+    assert [row[:2] for row in found] == expected
+    assert_empty(engine)
+    assert engine.counts["reused_tokens"] and engine.counts["preemptions"]
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_schedule_draws_the_same(made, expected, data):
+    """Arrivals, cancellations, other people's pages, drafts that are right or wrong: nothing shows in the tokens."""
+    engine, _ = made
+    hostages = engine.pool.allocate(data.draw(st.integers(0, engine.pool.available - 24)))
+    chosen = data.draw(st.lists(st.sampled_from(range(len(ASKED))), min_size=2, max_size=6, unique=True))
+    arrivals = {index: data.draw(st.integers(0, 8)) for index in chosen}
+    leaves = data.draw(st.dictionaries(st.sampled_from(chosen), st.integers(1, 9), max_size=2))
+    period = data.draw(st.sampled_from([0, 2, 3, 1000]))
+    running, tokens, reasons = {}, {index: () for index in chosen}, {}
+    try:
+        for number in range(300):
+            for index in (index for index in chosen if arrivals[index] == number):
+                prompt, sampling = ASKED[index]
+                running[engine.submit(prompt, sampling, stream=index)] = index
+                if period:
+                    full = [*prompt, *expected[index][0], END]
+                    engine.scheduler.find(next(reversed(running))).payload.drafter = Oracle(full, period)
+            for identity, index in running.items():
+                if leaves.get(index) == number:
+                    engine.cancel(identity)
+            for event in engine.step():
+                tokens[running[event.id]] += event.tokens
+                reasons[running[event.id]] = event.reason
+            counts = engine.pool.counts()
+            assert sum(counts.values()) == engine.pool.pages
+            if number > 9 and not len(engine.scheduler):
+                break
+    finally:
+        for identity in running:
+            engine.cancel(identity)
+        engine.forget_events()
+        engine.pool.release(hostages)
+    assert_empty(engine)
+    for index in chosen:
+        if reasons[index] == "cancelled":
+            assert expected[index][0][: len(tokens[index])] == tokens[index]
+        else:
+            assert (tokens[index], reasons[index]) == expected[index]
+
+
+def test_programs_are_warm_after_warm_up(made, expected):
+    engine, _ = made
+    count = engine.warm_up()
+    accepted = engine.counts["accepted_tokens"]
+    found = engine.generate(*zip(*ASKED, strict=True))
+    assert [row[:2] for row in found] == expected
+    loop = [11, 12, 13, 14] * 8
+    engine.generate([loop], dataclasses.replace(GREEDY, logit_bias={str(token): 1000.0 for token in loop[:1]}))
+    assert engine.counts["accepted_tokens"] > accepted  # the biased row repeats itself, and its history says so
+    assert engine.programs.count == count == 2 * 2 + 2
+
+
+def test_what_pages_held_before_never_matters(made, expected):
+    engine, _ = made
+    engine._pools = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), engine._pools)
+    engine.pool.forget()
+    found = engine.generate(*zip(*ASKED[:3], strict=True))
+    assert [row[:2] for row in found] == expected[:3]
+
+
+def test_log_probabilities_are_the_models_own(made):
+    engine, params = made
+    prompt = ASKED[0][0]
+    sampling = SamplingConfig(max_tokens=6, temperature=1.5, presence_penalty=1.0, logprobs=3)
+    ((tokens, _, logprobs),) = engine.generate([prompt], sampling)
+    assert len(logprobs) == len(tokens) > 2
+    run, padded = logits_program(llama, LLAMA), np.zeros((1, LLAMA.context), np.int32)
+    for index, (token, (own, top)) in enumerate(zip(tokens, logprobs, strict=True)):
+        known = [*prompt, *tokens[:index]]
+        padded[0, : len(known)] = known
+        true = np.asarray(jax.nn.log_softmax(run(params, padded.copy(), len(known) - 1)))
+        assert own == pytest.approx(true[token], abs=1e-4) and list(top) == np.argsort(-true)[:3].tolist()
+        np.testing.assert_allclose(list(top.values()), np.sort(true)[:-4:-1], atol=1e-4)
+
+
+def test_streams_that_are_left_give_their_pages_back(made):
+    engine, _ = made
+    stream = engine.stream([prompt for prompt, _ in ASKED[:5]], GREEDY)
+    next(stream)
+    stream.close()
+    assert_empty(engine)
+    assert engine.step() == []
+
+
+def test_a_shared_prefix_is_computed_once(made):
+    engine, params = made
+    prompt = np.random.default_rng(5).integers(8, VOCAB, 41).tolist()
+    first = engine.generate([prompt], GREEDY)
+    before = engine.counts["prefilled_tokens"]
+    again = engine.generate([prompt, prompt[:39]], GREEDY)
+    assert again[0] == first[0] and engine.counts["prefilled_tokens"] == before + 3  # 40 and 36 of them lie in pages
+    engine.load(params)
+    assert engine.generate([prompt], GREEDY) == first and engine.counts["prefilled_tokens"] == before + 3 + 41
+
+
+def test_learned_positions_up_to_the_last(made):
+    engine, params = make(gpt, GPT)
+    prompt = np.random.default_rng(1).integers(8, VOCAB, 90).tolist()
+    sampling = dataclasses.replace(GREEDY, logit_bias={str(END): -1000.0})
+    (found,) = engine.generate([prompt], sampling)
+    assert found[:2] == reference(params, prompt, sampling, family=gpt, config=GPT) and found[1] == "context"
+
+
+def test_angles_that_depend_on_the_length_do_not_depend_on_the_schedule():
+    rope = RopeConfig(scaling="dynamic", original_context=24, factor=4.0)
+    config = dataclasses.replace(LLAMA, rope=rope, window=None, global_layers=())
+    whole, _ = make(
+        config=config, settings=EngineConfig(rows=2, page_size=32, prefill_tokens=96, decode_steps=1, draft_tokens=0)
+    )
+    pieces, _ = make(config=config, settings=PAIR)
+    asked = [prompt for prompt, _ in ASKED[:6]]
+    expected = [whole.generate([prompt], GREEDY)[0] for prompt in asked]
+    assert pieces.generate(asked, GREEDY) == expected
+    assert pieces.generate(asked, GREEDY) == expected  # from pages
+
+
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1, model=2), MeshConfig(data=2, model=4), MeshConfig(data=1, model=8)], ids=str
+)
+def test_tensor_parallel_draws_the_same(mesh, expected):
+    devices = jax.devices()[: abs(mesh.data) * mesh.model]
+    engine, _ = make(mesh=mesh, devices=devices, settings=PAIR)
+    assert engine._pools[0][0].sharding.shard_shape(engine._pools[0][0].shape)[0] == 8 // mesh.model
+    found = engine.generate(*zip(*ASKED[:7], strict=True))
+    assert [row[:2] for row in found] == expected[:7]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "sampling", "words"),
+    [
+        ([], {}, "the prompt has 0 tokens; the model's context is 96"),
+        ([1] * 97, {}, "the prompt has 97 tokens"),
+        ([1, 60], {}, "the token 60; the vocabulary has 60"),
+        ([1], {"logit_bias": {"60": 1.0}}, "there is no token 60"),
+        ([1], {"logit_bias": {"x": 1.0}}, "'x' is not the number of a token"),
+        ([1], {"top_p": 0.0}, "top_p=0.0 must be above 0.0"),
+        ([1], {"logprobs": 21}, "logprobs=21 must be at most 20"),
+        ([1], {"stop": ("",)}, "an empty text"),
+    ],
+)
+def test_wrong_requests_are_refused(made, prompt, sampling, words):
+    with pytest.raises(ConfigError, match=words):
+        made[0].submit(prompt, config_lib.parse(SamplingConfig, sampling))
+    assert_empty(made[0])
+
+
+def test_weights_change_between_requests_only(made):
+    engine, params = made
+    identity = engine.submit([9, 10], GREEDY)
+    with pytest.raises(ConfigError, match="1 requests still run"):
+        engine.load(params)
+    assert engine.cancel(identity) and not engine.cancel(identity)
+    assert [(event.id, event.reason) for event in engine.step()] == [(identity, "cancelled")]
+    with pytest.raises(ConfigError, match="prefill_tokens=8 is less than a page"):
+        EngineConfig(prefill_tokens=8, page_size=16)
