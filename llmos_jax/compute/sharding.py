@@ -159,7 +159,8 @@ def shard_shapes_divide(placement, shape, axes, name):
         if size % shards:
             raise ConfigError(
                 f"{name}: its {axis} dimension of {size} is not divisible by the {shards} shards of mesh axis "
-                f"{' x '.join(placement.mesh_axes(axis))}; change the model's size or the mesh."
+                f"{' x '.join(placement.mesh_axes(axis))}; change the model's size or the mesh, or leave it whole: "
+                f'mesh.rules={{"{axis}": []}}.'
             )
 
 

@@ -33,6 +33,10 @@ class PretrainedTokenizer:
     name = ENVELOPE
 
     def __init__(self, files, path):
+        if not isinstance(files, dict) or TOKENIZER_FILE not in files or not all(isinstance(t, str) for t in files.values()):
+            raise DataError(
+                f"tokenizer file {path} is damaged: it should hold the text of {TOKENIZER_FILE} and those beside it."
+            )
         self.files, self._path = {name: files[name] for name in sorted(files) if name != MODEL_FILE}, path
         self._model = read_model(files[TOKENIZER_FILE], path)
         self._model.encode_special_tokens = True  # a special token's spelling inside a text is just text
@@ -72,7 +76,7 @@ class PretrainedTokenizer:
 
     def encode(self, text):
         """Returns the tokens of `text`, int32; special tokens never appear."""
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(self._ids(text), np.int32)
 
     def encode_all(self, texts):
         """Yields `encode` of every text, on all cores."""
@@ -85,12 +89,12 @@ class PretrainedTokenizer:
         yield from self._encode_batch(batch)
 
     def _encode_batch(self, batch):
-        for item in self._model.encode_batch_fast(batch, add_special_tokens=False) if batch else ():
+        for item in run(self._path, self._model.encode_batch_fast, batch, add_special_tokens=False) if batch else ():
             yield np.array(item.ids, np.int32)
 
     def prompt(self, text):
         """Returns the tokens that the model is given to continue `text`: those that it begins with, and the text's."""
-        ids = self._model.encode(text, add_special_tokens=True).ids
+        ids = self._ids(text, add_special_tokens=True)
         while len(ids) > 1 and ids[-1] in self.end_ids:  # some end what they encode
             ids = ids[:-1]
         begin = self.end_id if self.begin_id is None else self.begin_id
@@ -115,7 +119,7 @@ class PretrainedTokenizer:
         text = render(self.chat_template, messages=messages, add_generation_prompt=True, **named, **variables)
         self._model.encode_special_tokens = False
         try:
-            return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+            return np.array(self._ids(text), np.int32)
         finally:
             self._model.encode_special_tokens = True
 
@@ -138,6 +142,9 @@ class PretrainedTokenizer:
     def to_files(self):
         """Returns {name: text} of the files that transformers reads: those that it came with."""
         return dict(self.files)
+
+    def _ids(self, text, add_special_tokens=False):
+        return run(self._path, self._model.encode, text, add_special_tokens=add_special_tokens).ids
 
     def _token(self, name):
         """Returns the spelling of a named special token, or None."""
@@ -192,6 +199,19 @@ def files_beside(path):
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} can't be read: {error}.") from None
     return found
+
+
+def run(path, function, *args, **kwargs):
+    """Returns what a function of the tokenizers library returns; DataError when it panics.
+
+    So it does on a regular expression that it can't match within its limit: one of a hostile file on a fitting text.
+    """
+    try:
+        return function(*args, **kwargs)
+    except BaseException as error:  # the library's PanicException is no Exception
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or type(error).__name__ != "PanicException":
+            raise
+        raise DataError(f"the tokenizer of {path} fails on a text ({str(error).splitlines()[0]}): take another one.") from None
 
 
 def read_model(content, path):

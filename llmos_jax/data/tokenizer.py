@@ -214,7 +214,7 @@ def load_tokenizer(path):
     if isinstance(tree, dict) and tree.get("llmos") == "byte":
         return ByteTokenizer()
     if isinstance(tree, dict) and tree.get("llmos") == ENVELOPE:
-        return PretrainedTokenizer(tree["files"], path)
+        return PretrainedTokenizer(tree.get("files"), path)
     beside = files_beside(path)
     if beside:
         return PretrainedTokenizer(beside | {"tokenizer.json": content}, path)

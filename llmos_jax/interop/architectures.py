@@ -19,8 +19,9 @@ class Architecture:
     {its key: value} where the file leaves it out. aliases: {its key: the one that some releases write}. constants: our
     settings that it implies. allowed: {its key: values that are computed here}; another one is refused. windows: how the
     layers with a window are told (`model_config.WINDOWS`). pattern: every so many layers one has none. ropes: "one", "by
-    kind" of layer, or None. names: entries of the module's `HF_NAMES` that are other here. ignored: endings of tensors that
-    hold no parameter. prefix: of tensors' names, which files of the bare model leave out.
+    kind" of layer, "partial" (of a share of a head's features, plain or longrope), or None. names: entries of `HF_NAMES`
+    that are other here. ignored: endings of tensors that hold no parameter. prefix: of tensors' names, which files of the bare
+    model leave out.
     """
 
     name: str
@@ -103,7 +104,7 @@ ARCHITECTURES = (
         },
         defaults={"n_inner": None, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True},
         allowed={
-            "activation_function": _TANH_GELU,
+            "activation_function": _TANH_GELU[::-1],  # written as its own files have it
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
             "add_cross_attention": (False,),
@@ -173,6 +174,7 @@ ARCHITECTURES = (
         defaults=_DEFAULTS | {"rms_norm_eps": 1e-5},
         allowed=_SILU,
         windows="all",
+        ropes="partial",
         names=_PHI_3_NAMES,
     ),
     Architecture(

@@ -164,7 +164,8 @@ def _settings(architecture, tree):
 
 def _tree(architecture, config):
     """Returns the content of `config.json`, in the keys that transformers 4 and 5 both read."""
-    tree = {"architectures": [architecture.name], "model_type": architecture.model_type}
+    # Left out, the padding token is what the family's own vocabulary has, maybe beyond the end of this one.
+    tree = {"architectures": [architecture.name], "model_type": architecture.model_type, "pad_token_id": None}
     for key, ours in architecture.keys.items():
         name = ours if isinstance(ours, str) else ours[0]
         prop = "expert_hidden" if name == "expert_mlp" else _RESOLVED.get(name, name)
@@ -233,11 +234,16 @@ def _write_windows(architecture, config):
 
 def _read_ropes(architecture, tree, settings):
     given = tree.get("rope_parameters")
-    if architecture.ropes == "one":
+    if architecture.ropes != "by kind":
         if given is None:
             given = {"rope_theta": tree.get("rope_theta", architecture.defaults.get("rope_theta"))}
             given |= tree.get("rope_scaling") or {}
-        return {"rope": _read_rope(given, tree)}
+        rope = _read_rope(given, tree)
+        if architecture.ropes == "partial" and rope["scaling"] not in ("none", "longrope"):
+            raise ConfigError(f"rotary positions of {architecture.name} are plain or longrope, not {rope['scaling']}.")
+        if architecture.ropes != "partial" and rope["share"] != 1.0:
+            raise ConfigError(f"partial_rotary_factor={rope['share']}: {architecture.name} turns all features of a head.")
+        return {"rope": rope}
     if given is None or not {_WINDOWED, _GLOBAL} & set(given):
         given = {
             _GLOBAL: {"rope_theta": tree.get("rope_theta", 1_000_000.0)} | (tree.get("rope_scaling") or {}),
@@ -286,7 +292,7 @@ def _read_rope(given, tree):
 
 def _write_ropes(architecture, config):
     tree = _write_rope(config.rope)
-    if architecture.ropes == "one":
+    if architecture.ropes != "by kind":
         return tree
     local = _write_rope(config.rope if config.window_rope is None else config.window_rope)
     if set(local) == {"rope_theta"}:

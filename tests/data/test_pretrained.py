@@ -129,6 +129,24 @@ def test_damaged_files_are_named(tmp_path, name, text, words):
         lib.load_tokenizer(folder / "tokenizer.json")
 
 
+def test_a_hostile_pattern_ends_in_an_error(tmp_path):
+    folder = byte_level(tmp_path / "t")
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    split = {"type": "Split", "pattern": {"Regex": "(a|a)*$"}, "behavior": "Isolated", "invert": False}
+    (folder / "tokenizer.json").write_text(json.dumps(tree | {"pre_tokenizer": split}))
+    tokenizer = lib.load_tokenizer(folder / "tokenizer.json")
+    for encode in (tokenizer.encode, tokenizer.prompt, lambda text: list(tokenizer.encode_all([text]))):
+        with pytest.raises(DataError, match="fails on a text .*retry-limit"):
+            encode("a" * 40 + "!")
+
+
+@pytest.mark.parametrize("files", [None, {}, {"tokenizer.json": 3}, [1]])
+def test_a_damaged_envelope_is_named(tmp_path, files):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"llmos": "pretrained", "files": files}))
+    with pytest.raises(DataError, match="is damaged: it should hold"):
+        lib.load_tokenizer(tmp_path / "tokenizer.json")
+
+
 def test_a_tokenizer_without_an_end_is_refused(tmp_path):
     folder = byte_level(tmp_path / "t", eos_token=None)
     (folder / "generation_config.json").unlink()

@@ -228,6 +228,18 @@ def test_what_transformers_can_not_compute_is_not_exported():
             huggingface.check_target("/no/such/folder", config)
 
 
+def test_a_share_of_turned_features_goes_out_as_phi_3():
+    """transformers' Llama fails on the key that says so."""
+    config = read_config(record("phi3-longrope")["config"], "x")[1]
+    assert huggingface.check_target("/no/such/folder", config)[0].name == "Phi3ForCausalLM"
+    tree = record("llama")["config"] | {"rope_parameters": None, "partial_rotary_factor": 0.5}
+    with pytest.raises(ConfigError, match="LlamaForCausalLM turns all features"):
+        read_config(tree, "config.json")
+    tree = record("phi3")["config"] | {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    with pytest.raises(ConfigError, match="plain or longrope, not linear"):
+        read_config(tree, "config.json")
+
+
 def test_every_architecture_has_a_recorded_model():
     from tests.interop.reference import NAMES
 
