@@ -66,7 +66,8 @@ def read_file(file, source, limit=None):
         raise DataError(f"{file} can't be read: {error.strerror or error}.") from None
 
 
-def _read_text(file, source, limit):
+def _read_whole(file, limit):
+    """Returns the bytes of a file that is one document; DataError when it is damaged or longer than `limit` bytes."""
     try:
         with file.open() as stream:
             data = stream.read() if limit is None else stream.read(limit + 1)
@@ -76,6 +77,11 @@ def _read_text(file, source, limit):
         raise DataError(f"{file} is damaged: {error}.") from None
     if limit is not None and len(data) > limit:
         raise DataError(f"{file} is longer than {limit} bytes (max_document_bytes).")
+    return data
+
+
+def _read_text(file, source, limit):
+    data = _read_whole(file, limit)
     if b"\0" in data[:65536] and not (source.repair and data[:2] in (b"\xff\xfe", b"\xfe\xff")):
         raise DataError(f"{file} is binary, not text.")
     text, metadata = _decoded(data, source.repair, file)
@@ -241,15 +247,7 @@ def _rows(file, source, records, row):
 
 
 def _read_html(file, source, limit):
-    try:
-        with file.open() as stream:
-            data = stream.read() if limit is None else stream.read(limit + 1)
-    except PermissionError:
-        raise
-    except DAMAGE as error:
-        raise DataError(f"{file} is damaged: {error}.") from None
-    if limit is not None and len(data) > limit:
-        raise DataError(f"{file} is longer than {limit} bytes (max_document_bytes).")
+    data = _read_whole(file, limit)
     text = _html_text(data, source, file)
     if not text.strip():
         raise DataError(f"{file} is empty.")

@@ -27,6 +27,7 @@ A module of this package adds steps by defining them:
             return np.where(attributes["characters"] < self.min_characters, "too short", "")
 """
 
+import abc
 import dataclasses
 import difflib
 import types
@@ -88,60 +89,60 @@ class Step:
         return {}
 
 
-class Filter(Step):
+class Filter(Step, abc.ABC):
     """A step that removes documents."""
 
+    @abc.abstractmethod
     def annotate(self, documents, findings=None):
         """Returns {attribute: array [n]} for Documents; must not read thresholds. `findings`: of a Global step only."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def decide(self, attributes):
         """Returns an array [n] of text: "" to keep a document, else why it goes, a short fixed phrase."""
-        raise NotImplementedError
 
 
-class Transform(Step):
+class Transform(Step, abc.ABC):
     """A step that changes texts. A text that becomes blank is removed for the reason `emptied`."""
 
     protect = None  # or `protect(text)`: what of a text may be in any file of the dataset, be it removed text or metadata
 
+    @abc.abstractmethod
     def transform(self, documents, findings=None):
         """Returns (texts, {attribute: array [n]}, removed) for Documents.
 
         texts: the new text of each, the same object where nothing changed. attributes: counts of what was done. removed:
         what was cut out of each, for inspection, text or None.
         """
-        raise NotImplementedError
 
 
-class Global:
+class Global(abc.ABC):
     """Mixed into a Filter or a Transform whose findings depend on all documents.
 
     Documents are numbered through all shards, in the order of sources, files and records: the smallest number of a group
     of duplicates is the one of the source named first, whatever the sizes of shards and the number of workers.
     """
 
+    @abc.abstractmethod
     def emit(self, documents):
         """Returns a structured array of records of a shard, any number for each document.
 
         Fields: `hash` (uint64: equal ones meet in `reduce`), `document` (int64: number within the shard, which the runner
         turns into the number among all), and any others of fixed size.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def reduce(self, records):
         """Returns a structured array of what follows from the records of a range of hashes, sorted by hash and document.
 
         All records of a hash are there. It is called for many ranges, each of which fits in memory.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def finish(self, results, count):
         """Returns the findings, a structured array with a field `document`, at most some bytes for each of `count` documents.
 
         results: what `reduce` gave for all ranges, concatenated in the order of hashes. Findings are sorted by document.
         """
-        raise NotImplementedError
 
 
 def register(cls):
