@@ -382,11 +382,10 @@ def _read_tfds(file, source, limit):
 
 def _read_dataset(file, source, limit):
     """Documents of a clean dataset, with the keys that they have there; the file's bytes are verified first."""
-    table = read_verified(file.path.removeprefix(DATASET), file.stamp, ["key", "source", "text", "metadata"])
+    table = read_verified(file.path.removeprefix(DATASET), file.stamp, ["key", "text", "metadata"])
     for batch in table.to_batches(max_chunksize=4096):
         for row in batch.to_pylist():
-            if file.key in ("", row["source"]):
-                yield row["key"], row["text"], json.loads(row["metadata"])
+            yield row["key"], row["text"], json.loads(row["metadata"])
 
 
 _READERS = {

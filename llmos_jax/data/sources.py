@@ -135,11 +135,11 @@ def _dataset_files(source, version, part):
     names = [described["name"] for described in version.manifest["sources"]]
     if part and part not in names:
         raise ConfigError(f"data source {source.path!r}: the dataset has no source {part!r}; it has {', '.join(names)}.")
-    entries = version.manifest["files"]["documents"]
+    entries = [entry for entry in version.manifest["files"]["documents"] if part in ("", entry["source"])]
     if not entries:
-        raise DataError(f"{version.directory} holds no document: every one was removed.")
+        raise DataError(f"{source.path} ({version.directory}) holds no document: every one was removed.")
     folder = version.directory
-    return [SourceFile(f"{DATASET}{folder / e['name']}", part, e["bytes"], e["sha256"]) for e in entries]
+    return [SourceFile(f"{DATASET}{folder / e['name']}", e["name"], e["bytes"], e["sha256"]) for e in entries]
 
 
 def _tfds_file(source):

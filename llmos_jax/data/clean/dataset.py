@@ -28,7 +28,7 @@ from llmos_jax.errors import ConfigError, DataError
 VERSIONS = "versions"
 MANIFEST_FILE = "dataset.json"
 KIND = "clean dataset"
-FORMAT = 1
+FORMAT = 2
 # Settings that change no byte of the result.
 _WORKINGS = ("workers", "runner", "beam_options")
 
@@ -85,7 +85,7 @@ def write_version(directory, config, inputs, funnel, outputs):
         for kind in KINDS:
             if output[kind]:
                 entry = {k: v for k, v in output[kind].items() if k != "name"}
-                entry["name"] = f"{kind}-{len(files[kind]):05d}.parquet"
+                entry |= {"name": f"{kind}-{len(files[kind]):05d}.parquet", "source": output["source"]}
                 files[kind].append((output[kind]["name"], entry | _file_facts(objects.path(output[kind]["name"]))))
     settings = {key: value for key, value in to_plain(config).items() if key not in _WORKINGS}
     rows = list(zip(*inputs["files"], strict=True))

@@ -154,7 +154,7 @@ class _Plan:
             self.log(_line(self.funnel[-1]))
 
     def write(self, steps):
-        """Writes what came out of every shard; returns its {kind: file} in order."""
+        """Writes what came out of every shard; returns its {kind: file, "source": name} in order."""
         tasks = []
         for number, shard in enumerate(self.shards):
             arguments = {
@@ -167,7 +167,8 @@ class _Plan:
             }
             key = fingerprint([arguments, [step.fingerprint for step in steps]])
             tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
-        return self.runner.run(tasks, "writing")
+        results = self.runner.run(tasks, "writing")
+        return [result | {"source": task.arguments["source"]} for result, task in zip(results, tasks, strict=True)]
 
     def _exchange(self, step, tree):
         """Returns [name, start, stop] of the findings of a global step for every shard."""
