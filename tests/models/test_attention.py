@@ -118,8 +118,15 @@ def test_softcap_with_what_it_can_be_with(interpreted_splash):
         attend(query, key, value, softcap=1.5, placement=make_placement(MeshConfig(context=8)))
     automatic = attend(query, key, value, softcap=1.5, placement=ON_GPU)
     np.testing.assert_array_equal(automatic, attend(query, key, value, softcap=1.5, implementation="blocked"))
-    cache, start = (key.swapaxes(1, 2), value.swapaxes(1, 2)), jnp.zeros(2, jnp.int32)
-    cached = jax.jit(functools.partial(attend_cached, softcap=1.5, window=9))(query, *cache, start)
+    past, recent = ([x.transpose(2, 0, 1, 3)[:, :, rows] for x in (key, value)] for rows in (slice(0, 40), slice(40, None)))
+    capped = jax.jit(functools.partial(attend_cached, softcap=1.5, window=9))
+    cached = jnp.concatenate(
+        [
+            capped(query[:, :40], None, past, None, 0),
+            capped(query[:, 40:], past, recent, jnp.full(len(query), 40), 0),
+        ],
+        1,
+    )
     np.testing.assert_allclose(cached, run("reference", tensors, softcap=1.5, window=9)[0], atol=1e-5)
 
 
