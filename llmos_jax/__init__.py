@@ -9,7 +9,7 @@ _PUBLIC = {
     "import_checkpoint": "llmos_jax.api",
     "export_checkpoint": "llmos_jax.api",
     "run_training": "llmos_jax.api",
-    "LanguageModel": "llmos_jax.api",
+    "LanguageModel": "llmos_jax.serve.model",
     "Settings": "llmos_jax.train.settings",
     "SamplingConfig": "llmos_jax.serve.sample",
     "make_placement": "llmos_jax.compute.sharding",

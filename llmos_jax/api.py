@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, ConfigError, DataIdentityMismatch, RunDirectoryError
+from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -162,6 +162,7 @@ def load(directory, *, step=None, mesh=None, dtype=None):
     from llmos_jax.data.tokenizer import load_tokenizer
     from llmos_jax.interop import huggingface
     from llmos_jax.serve.generate import Generator
+    from llmos_jax.serve.model import LanguageModel
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train.settings import Settings, TrainConfig
     from llmos_jax.train.state import describe_model
@@ -179,47 +180,12 @@ def load(directory, *, step=None, mesh=None, dtype=None):
     prepare_platform(settings.train)
     placement = make_placement(mesh)
     family = config.unit("llmos_jax.models", settings.model.name)
-    handle = describe_model(functools.partial(family.build, settings.model, placement), placement)
+    model = dataclasses.replace(settings.model, expert_capacity=None)  # what it drops depends on tokens yet to come
+    handle = describe_model(functools.partial(family.build, model, placement), placement)
     key = "params" if settings.optim.ema is None else "ema"
     params = _restore_params(directory, handle.abstract, step=step, key=key)
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, placement))
-
-
-@dataclasses.dataclass(frozen=True)
-class LanguageModel:
-    """A trained model with its tokenizer, on the devices."""
-
-    settings: object
-    params: object
-    generator: object
-
-    def generate(self, prompts, sampling=None, on_text=None, **choices):
-        """Returns one Generation (text, tokens, reason) per prompt; `choices` are fields of SamplingConfig.
-
-        `on_text(row, text)` is called with each piece of text as it appears.
-        """
-        from llmos_jax.serve.sample import SamplingConfig
-
-        sampling = sampling or config.parse(SamplingConfig, choices)
-        return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
-
-    def stream(self, prompts, sampling=None, **choices):
-        """Yields (row, piece of text) as they appear; a caller who stops asking ends all rows."""
-        from llmos_jax.serve.sample import SamplingConfig
-
-        sampling = sampling or config.parse(SamplingConfig, choices)
-        return self.generator.stream(self.params, list(prompts), sampling)
-
-    def chat(self, messages, sampling=None, on_text=None, **choices):
-        """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
-
-        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
-        """
-        tokenizer = self.generator.tokenizer
-        if not hasattr(tokenizer, "chat_prompt"):
-            raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
-        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
 
 
 def import_checkpoint(source, directory):

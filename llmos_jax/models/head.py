@@ -35,10 +35,26 @@ def cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, *, z_loss=0.0, 
     rows, length, _ = hidden_BLD.shape
     if chunk is not None and chunk % _length_shards(length, placement):
         raise ValueError(f"chunk={chunk} positions can't be cut evenly from {_length_shards(length, placement)} shards.")
-    if chunk is None:
-        shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
-        chunk = chunk_length(rows, length, weight_VD.shape[0], shards, _length_shards(length, placement))
+    chunk = chunk or _default_chunk(rows, length, weight_VD.shape[0], placement)
     return _cross_entropy(hidden_BLD, weight_VD, targets_BL, weights_BL, z_loss, softcap, placement, chunk)
+
+
+def target_logprobs(hidden_BLD, weight_VD, targets_BL, *, vocab_size, softcap=None, placement=None):
+    """Returns (log-probabilities of the targets, float32, the likeliest tokens), [B, L] each, of the logits as above.
+
+    vocab_size: tokens from here on (padding of the embedding) have no probability. Memory is one chunk of logits.
+    """
+    rows, length, _ = hidden_BLD.shape
+    weight_VD = _laid(placement, weight_VD, "vocab", None)
+
+    def read(_, piece):
+        piece = hidden_BCD, targets_BC = _gathered(piece, placement)
+        _, logits, _, _, lse = _softmax_parts((hidden_BCD,), weight_VD, softcap, placement, vocab_size)
+        chosen = _chosen(logits, targets_BC, placement)
+        return None, ((chosen - lse)[..., 0], jnp.argmax(logits, -1).astype(jnp.int32))
+
+    chunk = _default_chunk(rows, length, weight_VD.shape[0], placement)
+    return _over_chunks(read, None, (hidden_BLD, targets_BL), chunk, placement)[1]
 
 
 def capped(logits, softcap):
@@ -91,6 +107,11 @@ def _backward(z_loss, softcap, placement, chunk, residuals, cotangents):
 _cross_entropy.defvjp(_forward, _backward)
 
 
+def _default_chunk(rows, length, vocab_size, placement):
+    shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
+    return chunk_length(rows, length, vocab_size, shards, _length_shards(length, placement))
+
+
 def _laid(placement, x, *axes):
     return x if placement is None else placement.constrain(x, *axes)
 
@@ -101,12 +122,14 @@ def _gathered(piece, placement):
     return _laid(placement, hidden_BCD, "batch", "length", None), *rest
 
 
-def _softmax_parts(piece, weight_VD, softcap, placement):
+def _softmax_parts(piece, weight_VD, softcap, placement, vocab_size=None):
     hidden_BCD = piece[0]
     logits = jnp.einsum("BCD,VD->BCV", hidden_BCD, weight_VD.astype(hidden_BCD.dtype), preferred_element_type=jnp.float32)
     logits = capped(logits, softcap)
     logits = _laid(placement, logits, "batch", "length", "vocab")
     columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    if vocab_size is not None:
+        logits = jnp.where(columns < vocab_size, logits, -jnp.inf)
     largest = logits.max(-1, keepdims=True)
     exponentials = jnp.exp(logits - largest)
     total = exponentials.sum(-1, keepdims=True)
@@ -123,16 +146,21 @@ def _length_shards(length, placement):
 
 def _sums(logits, lse, piece, z_loss, placement):
     _, targets_BC, weights_BC = piece
-    if placement is None or placement.axis_size("vocab") == 1:
-        chosen = jnp.take_along_axis(logits, targets_BC[..., None], -1)
-    else:  # a gather along a sharded dimension would collect all logits on every device
-        columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
-        chosen = jnp.where(columns == targets_BC[..., None], logits, 0).sum(-1, keepdims=True)
+    chosen = _chosen(logits, targets_BC, placement)
     nll = (lse - chosen)[..., 0]
     is_correct = chosen >= logits.max(-1, keepdims=True)
     nll_sum = (nll * weights_BC).sum()
     penalty = z_loss * (jnp.square(lse[..., 0]) * weights_BC).sum()
     return nll_sum + penalty, nll_sum, (is_correct[..., 0] * weights_BC).sum()
+
+
+def _chosen(logits, targets_BC, placement):
+    """Returns the targets' logits, [B, C, 1]."""
+    if placement is None or placement.axis_size("vocab") == 1:
+        return jnp.take_along_axis(logits, targets_BC[..., None], -1)
+    # A gather along a sharded dimension would collect all logits on every device.
+    columns = lax.broadcasted_iota(jnp.int32, logits.shape, 2)
+    return jnp.where(columns == targets_BC[..., None], logits, 0).sum(-1, keepdims=True)
 
 
 def _over_chunks(function, carry, arrays, chunk, placement):

@@ -1,0 +1,53 @@
+"""A model with its tokenizer, ready for use: what `llmos_jax.load` returns."""
+
+import dataclasses
+import functools
+
+from llmos_jax.config import parse
+from llmos_jax.errors import ConfigError
+from llmos_jax.serve.sample import SamplingConfig
+from llmos_jax.serve.score import Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A trained model with its tokenizer, on the devices."""
+
+    settings: object
+    params: object
+    generator: object
+
+    def generate(self, prompts, sampling=None, on_text=None, **choices):
+        """Returns one Generation (text, tokens, reason) per prompt; `choices` are fields of SamplingConfig.
+
+        `on_text(row, text)` is called with each piece of text as it appears.
+        """
+        sampling = sampling or parse(SamplingConfig, choices)
+        return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
+
+    def stream(self, prompts, sampling=None, **choices):
+        """Yields (row, piece of text) as they appear; a caller who stops asking ends all rows."""
+        sampling = sampling or parse(SamplingConfig, choices)
+        return self.generator.stream(self.params, list(prompts), sampling)
+
+    def chat(self, messages, sampling=None, on_text=None, **choices):
+        """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
+
+        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
+        """
+        tokenizer = self.generator.tokenizer
+        if not hasattr(tokenizer, "chat_prompt"):
+            raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
+        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
+
+    def score(self, prompts, continuations, stride=None):
+        """Returns a Score (loglikelihood, token_logprobs, tokens, is_greedy) per pair (see `Scorer.score`)."""
+        return self._scorer.score(self.params, list(prompts), list(continuations), stride)
+
+    def embed(self, texts, pooling="mean"):
+        """Returns float32 [N, D]: the last hidden states of each text, their "mean" or the "last" (see `Scorer.embed`)."""
+        return self._scorer.embed(self.params, list(texts), pooling)
+
+    @functools.cached_property
+    def _scorer(self):
+        return Scorer(self.generator.handle, self.generator.config, self.generator.tokenizer)
