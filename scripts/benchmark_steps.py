@@ -15,7 +15,7 @@ from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.lines import lines_of
 from llmos_jax.data.clean.normalise import Normalise
 from llmos_jax.data.clean.steps import Filter, apply_step, parse_steps, step_names
-from llmos_jax.data.clean.words import folded_words_of, words_of
+from llmos_jax.data.clean.words import words_of
 from llmos_jax.data.sources import SourceConfig, list_files, read_documents
 
 _SHARD_BYTES = 8_000_000
@@ -58,7 +58,7 @@ def read_shards(source, most_bytes):
 def seconds_of(step, shard):
     """Returns the CPU seconds of one step on a shard whose words and lines are known."""
     apply_step(step, [shard.select(np.arange(len(shard)) < 3)])  # loads models and tables
-    words_of(shard.texts), folded_words_of(shard.texts), lines_of(shard.texts)
+    words_of(shard.texts), lines_of(shard.texts)
     if step.is_global:
         return seconds(lambda: step.emit(shard))
     return seconds(lambda: step.decide(step.annotate(shard)) if isinstance(step, Filter) else step.transform(shard))

@@ -9,7 +9,7 @@ from llmos_jax.config import setting
 from llmos_jax.data.clean.gopher import first_reason, ratio
 from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.data.clean.words import folded_words_of
+from llmos_jax.data.clean.words import words_of
 from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_documents
 from llmos_jax.errors import DataError
 
@@ -36,10 +36,10 @@ class Decontaminate(Filter):
 
     def annotate(self, documents, findings=None):
         """Returns {"matches": places that match, int32; "share": of a document's n-grams, float64}, each [n]."""
-        words = folded_words_of(documents.texts)
+        words = words_of(documents.texts)
         real = np.flatnonzero(~words.is_sign)
         first = np.searchsorted(real, words.first)
-        folded = words.hashes[real]
+        folded = words.folded[real]
         matches = np.zeros(len(documents), np.int64)
         for length, known in _evaluation(self.paths, self.text_key, self.ngram, self.min_words, str(self.inputs())).items():
             places, owners = ngram_places(first, length)
@@ -81,7 +81,7 @@ def _evaluation(paths, text_key, n, min_words, content):
     for path in paths:
         source = SourceConfig(path=path, text_key=text_key)
         texts += [document.text for document in read_documents(source, list_files(source))]
-    words = folded_words_of(texts)
+    words = words_of(texts)
     real = np.flatnonzero(~words.is_sign)
     first = np.searchsorted(real, words.first)
     counts = np.diff(first)
@@ -90,7 +90,7 @@ def _evaluation(paths, text_key, n, min_words, content):
         # Texts of at least n words by their n-grams, a shorter one as a whole.
         chosen = counts >= n if length == n else counts == length
         places, owners = ngram_places(first, length)
-        hashes = ngram_hashes(words.hashes[real], length)[places[chosen[owners]]]
+        hashes = ngram_hashes(words.folded[real], length)[places[chosen[owners]]]
         if len(hashes):
             found[length] = HashSet(hashes)
     if not found:

@@ -12,21 +12,23 @@ import numpy as np
 from llmos_jax.config import setting
 from llmos_jax.data.clean.repeats import ngram_hashes
 from llmos_jax.data.clean.steps import Filter, Global, register
-from llmos_jax.data.clean.words import folded_words_of, mixed
+from llmos_jax.data.clean.words import mixed, words_of
 from llmos_jax.errors import ConfigError
 
 _EDGE = np.dtype([("document", np.int64), ("kept", np.int64)])
-_FINDING = np.dtype([("document", np.int64), ("kept", np.int64), ("group", np.int32)])
+_FINDING = np.dtype([("document", np.int64), ("kept", np.int64), ("group", np.int32), ("is_kept", bool)])
 _SCOPES = ("all", "source")
+_BLANKS = b" \t\n\v\f\r"
 
 
 def text_hashes(texts, *, is_folded):
-    """Returns 128-bit hashes of texts as uint64 [n, 2]; folded: of what is left of differences of case and blanks."""
+    """Returns 128-bit hashes of texts as uint64 [n, 2]; folded: of what is left of them without capitals and blanks."""
     digests = bytearray()
     for text in texts:
+        content = (text.lower() if is_folded else text).encode("utf-8", "surrogatepass")
         if is_folded:
-            text = " ".join(text.lower().split())
-        digests += hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+            content = content.translate(None, _BLANKS)
+        digests += hashlib.blake2b(content, digest_size=16).digest()
     return np.frombuffer(bytes(digests), np.uint64).reshape(-1, 2)
 
 
@@ -51,7 +53,7 @@ def first_of_equal(records, fields):
 
 
 def components(edges):
-    """Returns findings (document, kept, group) of all but the smallest document of each connected component of `edges`.
+    """Returns findings (document, kept, group) of the documents of all connected components of `edges`.
 
     kept: the smallest document of the component. group: how many documents it has.
     """
@@ -66,21 +68,28 @@ def components(edges):
     _, first, number, size = np.unique(label, return_index=True, return_inverse=True, return_counts=True)
     findings = np.empty(len(nodes), _FINDING)
     findings["document"], findings["kept"], findings["group"] = nodes, nodes[first[number]], size[number]
-    return findings[findings["document"] != findings["kept"]]
+    findings["is_kept"] = findings["document"] == findings["kept"]
+    return findings
 
 
 class _Duplicates(Global, Filter):
     """What the two steps share: from edges between documents to decisions."""
 
+    reads_texts = False
+
     def finish(self, results, count):
-        """Returns a finding for each document that is not the first of its group."""
+        """Returns a finding for each document that has a duplicate."""
         return components(results) if len(results) else np.empty(0, _FINDING)
 
     def annotate(self, documents, findings=None):
-        """Returns {"duplicate_of": number of the document that stays, int64 [n], -1: none; "group": size, int32 [n]}."""
+        """Returns {"duplicate_of": number of the document that stays, int64 [n], -1: this one; "group": size, int32 [n]}.
+
+        Group 0: a document without duplicates.
+        """
         kept = np.full(len(documents), -1, np.int64)
         group = np.zeros(len(documents), np.int32)
         kept[findings["document"]], group[findings["document"]] = findings["kept"], findings["group"]
+        kept[findings["document"][findings["is_kept"]]] = -1
         return {"duplicate_of": kept, "group": group}
 
     def decide(self, attributes):
@@ -96,6 +105,8 @@ class ExactDuplicates(_Duplicates):
     step: str = setting("exact_duplicates", help="step", choices=("exact_duplicates",))
     ignore_case_and_blanks: bool = setting(True, help="take texts for equal that differ only in case and blanks")
     scope: str = setting("all", help="within and across sources, or within each source", choices=_SCOPES)
+
+    version = 2
 
     def emit(self, documents):
         """Returns one record for each document."""
@@ -127,6 +138,7 @@ class MinhashDuplicates(_Duplicates):
     scope: str = setting("all", help="within and across sources, or within each source", choices=_SCOPES)
 
     libraries = ("rensa",)
+    version = 2
 
     def emit(self, documents):
         """Returns `bands` records for each document that has words."""
@@ -144,13 +156,13 @@ class MinhashDuplicates(_Duplicates):
 
     def shingles(self, texts):
         """Returns (hashes of n-grams, borders uint64 [c + 1], numbers of the c documents that have words)."""
-        words = folded_words_of(texts)
+        words = words_of(texts)
         real = np.flatnonzero(~words.is_sign)
         borders = np.searchsorted(real, words.first)
         counts = np.diff(borders)
         chosen = np.flatnonzero(counts)
         n = np.minimum(counts[chosen], self.ngram)
-        folded = words.hashes[real]
+        folded = words.folded[real]
         sizes = counts[chosen] - n + 1
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         start = np.repeat(borders[chosen] - offsets[:-1], sizes) + np.arange(offsets[-1])

@@ -38,6 +38,8 @@ class RepeatedParagraphs(Global, Transform):
     min_characters: int = setting(80, help="shorter ones are left alone", at_least=1)
     copies: int = setting(1, help="how many stay, the first ones", at_least=1)
 
+    version = 2
+
     def emit(self, documents):
         """Returns a record for each unit that is long enough: its hash, document and place."""
         places, texts, owners = [], [], []

@@ -2,8 +2,8 @@
 
     hash files -> read groups of files into shards -> stages of steps -> write
 
-A global step begins a stage. What it looks at was emitted at the end of the one before, and lies between them as
-reduce (each range of hashes) -> finish (once).
+A global step begins a stage. What it looks at was emitted by the last stage before it that read texts, and lies between them
+as reduce (each range of hashes) -> finish (once).
 
 Every task's result is kept under a name that tells its inputs, so that going on after a kill, new files, and other
 thresholds are the same thing: only what is not there is done.
@@ -61,8 +61,7 @@ def prepare_dataset(config, directory, *, log=print):
         shards, names, inputs = _read(config, objects, runner, log)
         plan = _Plan(config, objects, runner, shards, names, log)
         stages = _stages(config.steps)
-        for number, steps in enumerate(stages):
-            following = stages[number + 1][0] if number + 1 < len(stages) else None
+        for steps, following in zip(stages, _emitted_by(stages), strict=True):
             plan.run(steps, following)
         outputs = plan.write(config.steps)
     version = write_version(directory, config, inputs, plan.funnel, outputs)
@@ -117,18 +116,27 @@ def _stages(steps):
     return stages if len(stages) > 1 or stages[0] else []
 
 
+def _emitted_by(stages):
+    """Returns for each stage the global steps that it emits for: up to the next stage that reads texts."""
+    following, last = [[] for _ in stages], 0
+    for number, steps in enumerate(stages[1:], 1):
+        following[last].append(steps[0])
+        last = number if any(step.reads_texts for step in steps) else last
+    return following
+
+
 class _Plan:
     """The shards on their way through the stages."""
 
     def __init__(self, config, objects, runner, shards, names, log):
         self.objects, self.runner, self.shards, self.names, self.log = objects, runner, shards, names, log
         self.layers, self.states = [[] for _ in shards], [None] * len(shards)
-        self.attributes, self.emitted = [[] for _ in shards], []
+        self.attributes, self.emitted = [[] for _ in shards], {}
         sizes = {"documents": sum(s.documents for s in shards), "utf8_bytes": sum(s.utf8_bytes for s in shards)}
         self.funnel = [{"step": "read", "documents_in": None, "utf8_bytes_in": None, "removed": {}} | sizes]
 
     def run(self, steps, following):
-        """Takes all shards through a stage; `following` is the global step that begins the next one, or None."""
+        """Takes all shards through a stage; it emits for the global steps `following`."""
         trees = to_plain(steps)
         is_global = bool(steps) and steps[0].is_global
         findings = self._exchange(steps[0], trees[0]) if is_global else [None] * len(self.shards)
@@ -140,12 +148,13 @@ class _Plan:
                 "state": self.states[number],
                 "steps": trees,
                 "findings": findings[number],
-                "following": following and to_plain(following),
+                "following": to_plain(following),
             }
-            key = fingerprint([arguments, [step.fingerprint for step in (*steps, *filter(None, [following]))]])
+            key = fingerprint([arguments, [step.fingerprint for step in (*steps, *following)]])
             tasks.append(Task("stage", f"stages/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
         results = self.runner.run(tasks, ", ".join(step.name for step in steps) or "looking")
-        self.emitted = [result["emitted"] for result in results]
+        for number, step in enumerate(following):
+            self.emitted[step.name] = [result["emitted"][number] for result in results]
         for number, result in enumerate(results):
             self.layers[number], self.states[number] = result["layers"], result["state"]
             self.attributes[number] += result["attributes"]
@@ -172,7 +181,8 @@ class _Plan:
 
     def _exchange(self, step, tree):
         """Returns [name, start, stop] of the findings of a global step for every shard."""
-        reducing = exchange.reduce_tasks(self.objects, self.shards, self.states, self.emitted, tree, step.fingerprint)
+        emitted = self.emitted.pop(step.name)
+        reducing = exchange.reduce_tasks(self.objects, self.shards, self.states, emitted, tree, step.fingerprint)
         reduced = self.runner.run(reducing, f"{step.name}: comparing")
         count = sum(shard.documents for shard in self.shards)
         (finished,) = self.runner.run([exchange.finish_task(reduced, tree, step.fingerprint, count)], f"{step.name}: joining")

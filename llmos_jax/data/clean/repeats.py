@@ -50,9 +50,9 @@ def repetition(words, top_sizes, duplicate_sizes):
     """Returns ({n: int64 [documents]}, the same): characters in the most frequent n-gram, and in n-grams seen before.
 
     Blanks between words count in the former. Of n-grams equally frequent the earliest is taken; of those that were seen before,
-    none is counted that overlaps one that is counted already. `duplicate_sizes` rise.
+    none is counted that overlaps one that is counted already.
     """
-    count = len(words.first) - 1
+    count, sizes = len(words.first) - 1, range(min(*top_sizes, *duplicate_sizes), max(*top_sizes, *duplicate_sizes) + 1)
     top = {n: np.zeros(count, np.int64) for n in top_sizes}
     duplicate = {n: np.zeros(count, np.int64) for n in duplicate_sizes}
     start = 0
@@ -62,62 +62,70 @@ def repetition(words, top_sizes, duplicate_sizes):
         first = words.first[start : stop + 1] - words.first[start]
         part = slice(words.first[start], words.first[stop])
         ends = np.concatenate([[0], np.cumsum(words.lengths[part], dtype=np.int64)])
-        for n in top_sizes:
-            top[n][start:stop] = _top(words.hashes[part], first, ends, n)
-        for n, found in _duplicates(words.hashes[part], first, ends, duplicate_sizes):
-            duplicate[n][start:stop] = found
+        for n, places, documents, groups in _repeating(words.hashes[part], first, sizes):
+            if n in top:
+                top[n][start:stop] = _top(places, documents, groups, first, ends, n)
+            if n in duplicate:
+                counted = _greedy(places, groups, n)
+                owners = np.searchsorted(first, counted, side="right") - 1
+                weights = ends[counted + n] - ends[counted]
+                duplicate[n][start:stop] = np.bincount(owners, weights=weights, minlength=stop - start)
         start = stop
     return top, duplicate
 
 
-def _top(hashes, first, ends, n):
-    places, documents = ngram_places(first, n)
+def _repeating(hashes, first, sizes):
+    """Yields (n, places, documents, groups) for the range `sizes`: the n-grams that stand more than once in their document.
+
+    places: where they start, rising. documents: of each. groups: small numbers, the same for the same n-gram. What does not
+    repeat as an n-gram is not looked at as a longer one.
+    """
+    documents = np.repeat(np.arange(len(first) - 1), np.diff(first))
+    last, places = first[1:][documents], np.arange(len(documents))
+    totals = hashes ^ mixed(documents)
+    for n in range(1, sizes.stop):
+        if n > 1:
+            fits = places + n <= last[places]
+            places = places[fits]
+            totals = totals[fits] * _FACTOR + hashes[places + n - 1]
+        if n < sizes.start:
+            continue
+        order, same = group(totals)
+        number = np.cumsum(np.concatenate([[0], ~same]))[: len(places)]
+        is_common = np.bincount(number)[number] > 1 if len(number) else np.zeros(0, bool)
+        groups = np.empty(len(places), np.int64)
+        groups[order] = number
+        chosen = np.zeros(len(places), bool)
+        chosen[order[is_common]] = True
+        places, totals = places[chosen], totals[chosen]
+        yield n, places, documents[places], groups[chosen]
+
+
+def _top(places, documents, groups, first, ends, n):
     found = np.zeros(len(first) - 1, np.int64)
-    if not len(places):
-        return found
-    order, same = group(ngram_hashes(hashes, n)[places] ^ mixed(documents))
-    borders = np.flatnonzero(np.concatenate([[True], ~same]))
-    count_at = np.zeros(len(places), np.int64)
-    count_at[order[borders]] = np.diff(np.append(borders, len(places)))
-    starts = np.flatnonzero(np.diff(documents, prepend=-1))
-    # The count, then how early it is: one maximum finds the most frequent and of these the first.
-    most = np.maximum.reduceat(count_at * len(places) + np.arange(len(places))[::-1], starts)
-    place = places[len(places) - 1 - most % len(places)]
-    found[documents[starts]] = (ends[place + n] - ends[place] + n - 1) * (most // len(places))
+    # Where nothing repeats, the first n-gram is as frequent as any.
+    some = np.flatnonzero(np.diff(first) >= n)
+    found[some] = ends[first[some] + n] - ends[first[some]] + n - 1
+    if len(places):
+        counts = np.bincount(groups)[groups]
+        starts = np.flatnonzero(np.diff(documents, prepend=-1))
+        # The count, then how early it is: one maximum finds the most frequent and of these the first.
+        most = np.maximum.reduceat(counts * len(places) + np.arange(len(places))[::-1], starts)
+        place = places[len(places) - 1 - most % len(places)]
+        found[documents[starts]] = (ends[place + n] - ends[place] + n - 1) * (most // len(places))
     return found
 
 
-def _duplicates(hashes, first, ends, sizes):
-    """Yields (n, characters [documents]). What does not repeat as an n-gram is not looked at as a longer one."""
-    documents = np.repeat(np.arange(len(first) - 1), np.diff(first))
-    last, salt = first[1:][documents], mixed(documents)
-    places = np.arange(len(documents))
-    for n in sizes:
-        places = places[places + n <= last[places]]
-        keys = ngram_hashes(hashes, n)[places] ^ salt[places]
-        order, same = group(keys)
-        # Numbers of groups, and whether a group has more than one member.
-        number = np.cumsum(np.concatenate([[0], ~same]))[: len(keys)]
-        is_common = np.bincount(number)[number] > 1
-        chosen = np.sort(order[is_common])
-        group_of = np.empty(len(keys), np.int64)
-        group_of[order] = number
-        places, keys = places[chosen], group_of[chosen]
-        counted = _greedy(places, keys, n)
-        weights = ends[counted + n] - ends[counted]
-        yield n, np.bincount(documents[counted], weights=weights, minlength=len(first) - 1).astype(np.int64)
-
-
-def _greedy(places, keys, n):
+def _greedy(places, groups, n):
     """Returns the places of n-grams that were seen before, where one that counts hides those that overlap it."""
-    seen, counted, at = set(), [], 0
+    seen, counted, at = bytearray(int(groups.max(initial=0)) + 1), [], 0
     after = np.searchsorted(places, places + n).tolist()
-    places, keys = places.tolist(), keys.tolist()
-    while at < len(keys):
-        if keys[at] in seen:
+    places, groups = places.tolist(), groups.tolist()
+    while at < len(groups):
+        if seen[groups[at]]:
             counted.append(places[at])
             at = after[at]
         else:
-            seen.add(keys[at])
+            seen[groups[at]] = 1
             at += 1
     return np.array(counted, np.int64)

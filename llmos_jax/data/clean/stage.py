@@ -10,7 +10,7 @@ import hashlib
 import numpy as np
 
 from llmos_jax.config import fingerprint
-from llmos_jax.data.clean.documents import check_attributes
+from llmos_jax.data.clean.documents import Documents, check_attributes
 from llmos_jax.data.clean.steps import Filter, findings_of, parse_steps, sort_records
 
 EMPTIED = "emptied"
@@ -64,9 +64,9 @@ def run_stage(objects, shard, layers, state, steps, findings, following, key):
 
     shard: name of its documents. layers: names of changed texts so far. state: name of the reasons so far, or None.
     steps: settings. findings: [name, start, stop] of the records of the first step, where that is global, or None.
-    following: settings of the global step that comes next, or None.
-    Returns {"layers", "state", "attributes": [[step, name]], "funnel": [an entry per step], "emitted": {"name", "bytes"} or
-    None}.
+    following: settings of the global steps to emit for.
+    Returns {"layers", "state", "attributes": [[step, name]], "funnel": [an entry per step], "emitted": {"name", "bytes"} for
+    each of these}.
     """
     texts = ShardTexts(objects, shard, layers)
     reasons = objects.read_arrays(state)["reasons"].astype(object) if state else np.full(len(texts.utf8_bytes), "", object)
@@ -90,7 +90,7 @@ def run_stage(objects, shard, layers, state, steps, findings, following, key):
         funnel.append(_funnel_entry(step, texts, reasons, before))
     state = f"states/{key}.npz"
     objects.write_arrays(state, {"reasons": reasons.astype(str)})
-    emitted = emit(objects, following, texts, reasons) if following else None
+    emitted = [emit(objects, step, texts, reasons) for step in parse_steps(following)]
     names = [state, *(name for _, name in attributes), *(f"{layer}{end}" for layer in texts.layers for end in _LAYER)]
     return {
         "layers": texts.layers,
@@ -98,7 +98,7 @@ def run_stage(objects, shard, layers, state, steps, findings, following, key):
         "attributes": attributes,
         "funnel": funnel,
         "emitted": emitted,
-        "objects": names + ([emitted["name"]] if emitted else []),
+        "objects": names + [records["name"] for records in emitted],
     }
 
 
@@ -110,7 +110,6 @@ def emit(objects, step, texts, reasons):
 
     Those that are held from other thresholds are not made again; `exchange.reduce` leaves out documents that are gone.
     """
-    (step,) = parse_steps([step])
     name = f"records/{fingerprint([texts.base, step.fingerprint])}"
     held, places = missing(objects, f"{name}.npz", reasons)
     if len(places) or held is None:
@@ -199,7 +198,9 @@ def _joined(old, new):
 
 
 def _chosen(objects, texts, places, step, earlier):
-    """Returns the Documents at `places`, with the attributes of earlier steps where `step` reads them."""
+    """Returns the Documents at `places`: blank for a step that reads no texts, with attributes for one that reads these."""
+    if not step.reads_texts:
+        return Documents.of([""] * len(places))
     documents = texts.documents
     is_chosen = np.zeros(len(documents), bool)
     is_chosen[places] = True

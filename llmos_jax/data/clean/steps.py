@@ -56,6 +56,8 @@ class Step:
 
     version: raised whenever the code of a step changes what it finds; results of other versions are not reused.
     libraries: distributions whose version decides what it finds.
+    reads_texts: whether `annotate` looks at the documents; the findings of a global step may be enough. Where it doesn't,
+      `emit` is called before earlier steps like it have removed what they remove.
     reads_attributes: whether it looks at the attributes of the steps before it (`Documents.attributes`, `STEP/attribute`), as
       far as the last global one; they are not there otherwise.
     """
@@ -65,6 +67,7 @@ class Step:
 
     version: typing.ClassVar[int] = 1
     libraries: typing.ClassVar[tuple[str, ...]] = ()
+    reads_texts: typing.ClassVar[bool] = True
     reads_attributes: typing.ClassVar[bool] = False
 
     @property

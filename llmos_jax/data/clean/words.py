@@ -47,13 +47,14 @@ class Words:
     """Words of n documents, W in all, in order.
 
     first: [n + 1], document d has the words first[d] .. first[d + 1].
-    lengths: int32 [W], characters. hashes: uint64 [W], of the word or of its lower-case form, whichever was asked for.
+    lengths: int32 [W], characters. hashes, folded: uint64 [W], of the word, and of its lower-case form.
     has_letter, is_sign: bool [W], whether any character is a letter, whether all are punctuation.
     """
 
     first: np.ndarray
     lengths: np.ndarray
     hashes: np.ndarray
+    folded: np.ndarray
     has_letter: np.ndarray
     is_sign: np.ndarray
 
@@ -97,10 +98,15 @@ def _character_tables():
 
 
 @functools.cache
-def _hash_tables():
-    """Returns a random-looking uint64 by code point, and by that of its lower-case form."""
-    terms = mixed(np.arange(1, 0x110001, dtype=np.uint64))
-    return terms, terms[_character_tables()[2]]
+def _hash_table():
+    """Returns a random-looking uint64 by code point."""
+    return mixed(np.arange(1, 0x110001, dtype=np.uint64))
+
+
+@functools.cache
+def _is_folded_table():
+    """Returns by code point whether its lower-case form is another one."""
+    return _character_tables()[2] != np.arange(0x110000)
 
 
 @functools.cache
@@ -148,13 +154,13 @@ def mixed(values):
     return values ^ (values >> np.uint64(33))
 
 
-def prefix_sums(codes, *, is_folded=False):
+def prefix_sums(codes):
     """Returns sums [N + 1] from which `stretch_hashes` takes the hash of any stretch of the code points `codes` [N]."""
     low, high = _powers(_BASE, _rows(len(codes)))
     sums = np.empty(len(codes) + 1, np.uint64)
     sums[0], terms = 0, sums[1:]
     # "clip" spares a copy; no code point is beyond the table.
-    np.take(_hash_tables()[is_folded], codes, out=terms, mode="clip")
+    np.take(_hash_table(), codes, out=terms, mode="clip")
     for row, start in enumerate(range(0, len(codes), _ROW)):
         part = terms[start : start + _ROW]
         part *= low[: len(part)]
@@ -166,6 +172,29 @@ def stretch_hashes(sums, starts, stops):
     """Returns the uint64 hashes of the stretches starts .. stops of the text that `prefix_sums` gave `sums` for."""
     low, high = _powers(_BASE_INVERSE, _rows(len(sums)))
     return mixed((sums[stops] - sums[starts]) * low[starts & (_ROW - 1)] * high[starts >> _ROW_BITS])
+
+
+def _folded_hashes(hashes, codes, start, stop):
+    """Returns the hashes of the lower-case forms of words: those that have capitals are hashed anew."""
+    capitals = np.flatnonzero(_is_folded_table()[codes])
+    if not len(capitals):
+        return hashes
+    words = np.searchsorted(start, capitals, side="right") - 1
+    words = words[np.diff(words, prepend=-1) > 0]
+    places, begins = _places_within(start[words], stop[words])
+    within = places - np.repeat(start[words], np.diff(np.append(begins, len(places))))
+    low, high = _powers(_BASE, _rows(len(codes)))
+    terms = _hash_table()[_character_tables()[2][codes[places]]] * low[within & (_ROW - 1)] * high[within >> _ROW_BITS]
+    folded = hashes.copy()
+    folded[words] = mixed(np.add.reduceat(terms, begins))
+    return folded
+
+
+def _places_within(start, stop):
+    """Returns (all places of the stretches start .. stop, one after the other; where each stretch begins among them)."""
+    sizes = stop - start
+    begins = np.cumsum(sizes) - sizes
+    return np.repeat(start - begins, sizes) + np.arange(sizes.sum()), begins
 
 
 def _rows(size):
@@ -280,22 +309,22 @@ def _flags_of_words(codes, start, stop):
     # A word that starts with a letter has all flags; of the few others the rest is looked at.
     open_ones = np.flatnonzero((flags & _HAS_LETTER == 0) & (stop - start > 1))
     if len(open_ones):
-        sizes = (stop - start)[open_ones]
-        begins = np.cumsum(sizes) - sizes
-        places = np.repeat(start[open_ones] - begins, sizes) + np.arange(sizes.sum())
+        places, begins = _places_within(start[open_ones], stop[open_ones])
         flags[open_ones] = np.bitwise_or.reduceat(table[codes[places]], begins)
     return flags
 
 
-def _find(texts, *, is_folded=False):
+def _find(texts):
     """Returns the Words of one batch."""
     codes, starts = code_points(texts)
     start, stop = _borders_of(codes, _character_tables()[0][codes])
     flags = _flags_of_words(codes, start, stop)
+    hashes = stretch_hashes(prefix_sums(codes), start, stop)
     return Words(
         first=np.append(np.searchsorted(start, starts), len(start)),
         lengths=(stop - start).astype(np.int32),
-        hashes=stretch_hashes(prefix_sums(codes, is_folded=is_folded), start, stop),
+        hashes=hashes,
+        folded=_folded_hashes(hashes, codes, start, stop),
         has_letter=(flags & _HAS_LETTER) > 0,
         is_sign=flags & _NO_SIGN == 0,
     )
@@ -350,13 +379,13 @@ def hash_of(word):
     return stretch_hashes(prefix_sums(codes), starts, starts + len(word))[0]
 
 
-def _find_all(texts, *, is_folded=False):
+def _find_all(texts):
     """Returns the Words of texts of any length: long ones are looked at in pieces, so that memory is bounded."""
     if all(len(text) <= 2 * _BATCH_CHARACTERS for text in texts):
-        return _find(texts, is_folded=is_folded)
+        return _find(texts)
     cut = [list(_pieces(text)) for text in texts]
     pieces = [piece for parts in cut for piece in parts]
-    found = concatenate([_find(pieces[part], is_folded=is_folded) for part in batches(pieces)])
+    found = concatenate([_find(pieces[part]) for part in batches(pieces)])
     return dataclasses.replace(found, first=found.first[np.cumsum([0, *map(len, cut)])])
 
 
@@ -372,6 +401,5 @@ def _pieces(text):
     yield text[start:]
 
 
-# Return the Words of a list of texts, with the hashes of words as they are written, and of their lower-case forms.
+# Returns the Words of a list of texts.
 words_of = OfTexts(_find_all)
-folded_words_of = OfTexts(functools.partial(_find_all, is_folded=True))

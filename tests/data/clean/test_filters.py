@@ -1,6 +1,7 @@
 """Filters and transforms other than the published rules: what each finds, and what it refuses."""
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -82,6 +83,20 @@ def test_language():
     assert Language(characters=100).sample(long) == "a" * 50 + " " + "b" * 50
     with pytest.raises(ConfigError, match="klingon"):
         Language(languages=("klingon", "en"))
+
+
+def test_languages_are_those_that_py3langid_finds_text_by_text():
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    documents = [json.loads(line)["text"] for line in (pathlib.Path(__file__).parent / "agreement.jsonl").open()]
+    others = ["Der Müller saß vor der Tür.", "Le meunier était assis devant la porte.", "Мельник сидел у двери."]
+    texts = [*documents, *others, "磨坊主坐在门口。", "", "?", "LOUD TEXT", "\ud800 half", "e\u0301", "\u4f60\u597d", "12 34"]
+    samples = [Language().sample(text) for text in texts]
+    model = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+    languages, scores = zip(*map(model.classify, samples), strict=True)
+    attributes, _ = apply_step(Language(), [Documents.of(texts)])[0]
+    assert attributes["language"].tolist() == list(languages) and len(set(languages)) > 5
+    np.testing.assert_allclose(attributes["score"], scores, atol=1e-4)
 
 
 def test_url(tmp_path):

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from llmos_jax.data.clean import words as words_lib
 from llmos_jax.data.clean.lines import lines_of, terminals
 from llmos_jax.data.clean.repeats import ngram_hashes, repeated, repetition
-from llmos_jax.data.clean.words import OfTexts, folded_words_of, hash_of, words_of
+from llmos_jax.data.clean.words import OfTexts, hash_of, words_of
 
 TEXTS = st.text(alphabet="aAbZé漢 \n\t.,-'\"#…•!?(1", max_size=60)
 
@@ -57,7 +57,7 @@ def test_equal_words_and_only_these_have_equal_hashes(texts):
     strings = [word for text in texts for word in split(text)]
     words = words_of(texts)
     assert words.first.tolist() == np.cumsum([0, *(len(split(text)) for text in texts)]).tolist()
-    folded = folded_words_of(texts).hashes
+    folded = words.folded
     for hashes, known in ((words.hashes, strings), (folded, [word.lower() for word in strings])):
         assert len(set(zip(hashes.tolist(), known, strict=True))) == len(set(known)) == len(set(hashes.tolist()))
     assert [hash_of(word) for word in strings] == words.hashes.tolist()
