@@ -111,6 +111,18 @@ def apply_overrides(tree, overrides):
     return tree
 
 
+def load_function(spec, path):
+    """Returns the function that a setting `path` names as MODULE:NAME: code of its user's, as an experiment file is.
+
+    Raises ConfigError when it can't be imported.
+    """
+    module, _, name = spec.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{path}={spec}: no MODULE:FUNCTION that Python can import ({error}).") from None
+
+
 def parse(cls, tree, path=""):
     """Returns an instance of the frozen dataclass `cls` from the nested dict `tree`.
 

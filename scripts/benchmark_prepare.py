@@ -5,17 +5,21 @@
 
 Chains: `bar` (read, Gopher quality, MinHash 14 x 8, write), `default` (that of experiments/prepare.py), or names of steps with
 commas. The text is that of the source, as often as it takes, with words exchanged, so that documents are not all duplicates.
+Memory that grows with the corpus shows in the line of the larger one.
 Wall time counts everything but the interpreter's start; on a shared machine CPU time is what can be compared.
 """
 
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import random
 import resource
 import shutil
+import subprocess
 import tempfile
+import threading
 import time
 
 from llmos_jax import api
@@ -79,17 +83,39 @@ def write_corpus(source, folder, size_bytes):
 def measure(settings, folder):
     """Returns the figures of one preparation, as text."""
     before, start = cpu_seconds(), time.perf_counter()
-    version = prepare_dataset(settings, folder / "dataset", log=lambda line: None)
+    with Peak() as peak:
+        version = prepare_dataset(settings, folder / "dataset", log=lambda line: None)
     wall = time.perf_counter() - start
     cpu = cpu_seconds() - before
     text = version.manifest["funnel"][0]["utf8_bytes"] / 1e6
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_CHILDREN, resource.RUSAGE_SELF)) / 1e6
     kept = version.manifest["funnel"][-1]["documents"] / version.manifest["funnel"][0]["documents"]
     shutil.rmtree(folder / "dataset")
     return (
         f"{text / wall:.1f} MB/s ({wall:.1f} s), {2 * text / cpu:.1f} MB/s of two whole cores ({cpu:.1f} CPU s), "
-        f"largest process {peak:.2f} GB, {kept:.0%} kept"
+        f"all processes together {peak.bytes / 1e9:.2f} GB at most, {kept:.0%} kept"
     )
+
+
+class Peak:
+    """Watches how much memory this process and its children have together while a block runs; pages shared count twice."""
+
+    def __enter__(self):
+        self.bytes, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self):
+        while not self._done.wait(0.25):
+            listed = subprocess.run(["ps", "-eo", "pid=,ppid=,rss="], capture_output=True, text=True).stdout
+            rows = [tuple(map(int, line.split())) for line in listed.splitlines()]
+            own = {os.getpid()}
+            own |= {pid for pid, parent, _ in rows if parent in own}
+            self.bytes = max(self.bytes, sum(kilobytes for pid, _, kilobytes in rows if pid in own) * 1024)
 
 
 def cpu_seconds():

@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 
-from llmos_jax.evaluate.page import BLUE, GREEN, ORANGE, bar_chart, figures, printable, table, write_page
+from llmos_jax.evaluate.page import BLUE, bar_chart, figures, printable, table, write_page
 
 REPORT_FILE = "report.html"
 _SAMPLES = 4
@@ -17,6 +17,12 @@ _SAMPLE_CHARACTERS = 700
 _MOST_CHARTS = 40
 _MOST_CLUSTERS = 12
 _BINS = 24
+_MOST_LINEAR = 1000  # counts that reach further are shown on a logarithmic scale
+_NO_QUANTITY = ("group", "duplicate_of")
+_LEGEND = (
+    "Green: documents that were kept; orange: removed (of an attribute: by its own step). A bar begins at its label; values "
+    "above the 99th percentile stand in the last one."
+)
 
 
 def write_dataset_report(path, version):
@@ -36,11 +42,11 @@ def write_dataset_report(path, version):
         _funnel(funnel),
         _reasons(funnel),
         "<h2>Distributions</h2><div class='charts'>",
-        bar_chart("Characters of a document, kept", kept.lengths.bars(), colour=GREEN),
-        bar_chart("Characters of a document, removed", removed.lengths.bars(), colour=ORANGE),
-        *(bar_chart(f"{name}, kept", counts.most_common(16), colour=BLUE) for name, counts in sorted(kept.words.items())),
+        bar_chart("Characters of a document", _bars([kept.lengths, removed.lengths], is_logarithmic=True)),
+        *(bar_chart(f"{name}, kept", counts.most_common(16), colours=[BLUE]) for name, counts in sorted(kept.words.items())),
         "</div>",
-        _histograms(kept),
+        f"<p class='note'>{_LEGEND}</p>",
+        _histograms(kept, removed),
         _clusters(kept),
         _personal_data(kept),
         "<h2>Samples of what was kept</h2>",
@@ -61,8 +67,8 @@ class _Survey:
     """What is counted over the documents of one kind."""
 
     def __init__(self):
-        self.lengths, self.samples = _Histogram(is_logarithmic=True), _Samples()
-        self.numbers, self.words = {}, {}
+        self.lengths, self.samples = _Histogram(), _Samples()
+        self.numbers, self.words, self.groups = {}, {}, {}
         self.clusters, self.sums = [], collections.Counter()
 
 
@@ -73,14 +79,28 @@ def _survey(version, kind):
     for file in version.manifest["files"][kind]:
         read = version.read(file)
         survey.lengths.add(np.asarray(compute.utf8_length(read["text"])))
-        why = read["step"].to_pylist() if kind == "removed" else [""] * len(read)
+        why = [""] * len(read)
         if kind == "removed":
-            why = [f"{step}: {reason}" for step, reason in zip(why, read["reason"].to_pylist(), strict=True)]
+            steps = read["step"].to_pylist()
+            why = [f"{step}: {reason}" for step, reason in zip(steps, read["reason"].to_pylist(), strict=True)]
+            _survey_removed(survey, steps, read["attributes"])
+        else:
+            for name in read.column_names:
+                if "/" in name:
+                    _survey_attribute(survey, name, read)
         survey.samples.add(read["key"], why, read["text"])
-        for name in read.column_names if kind == "documents" else ():
-            if "/" in name:
-                _survey_attribute(survey, name, read)
     return survey
+
+
+def _survey_removed(survey, steps, attributes):
+    """Adds what the steps that removed documents had found about them."""
+    found = {}
+    for step, values in zip(steps, map(json.loads, attributes.to_pylist()), strict=True):
+        for name, value in values.items():
+            if isinstance(value, (int, float)) and name not in _NO_QUANTITY:
+                found.setdefault(f"{step}/{name}", []).append(value)
+    for name, values in found.items():
+        survey.numbers.setdefault(name, _Histogram()).add(values)
 
 
 def _survey_attribute(survey, name, read):
@@ -92,46 +112,50 @@ def _survey_attribute(survey, name, read):
         places = np.flatnonzero(values > 1)
         places = places[np.argsort(-values[places], kind="stable")][:_MOST_CLUSTERS]
         survey.clusters += [(int(values[place]), name.partition("/")[0], read["key"][int(place)].as_py()) for place in places]
-        survey.numbers.setdefault(name, _Histogram()).add(values[values > 1])
+        survey.groups.setdefault(name, _Histogram()).add(values[values > 1])
     elif short.startswith("pii_"):
         survey.sums[short.removeprefix("pii_")] += int(values.sum())
-    elif short != "duplicate_of":
+    elif short not in _NO_QUANTITY:
         survey.numbers.setdefault(name, _Histogram()).add(values)
 
 
 class _Histogram:
-    """Counts in bins that are fixed by the first values; later ones outside go into the outermost."""
+    """Counts of values, each rounded down to a 128th of itself, so that any range is held in little memory."""
 
-    def __init__(self, is_logarithmic=False):
-        self._is_logarithmic, self._edges, self._counts = is_logarithmic, None, None
-        self.low, self.high = math.inf, -math.inf
+    def __init__(self):
+        self._counts = collections.Counter()
 
     def add(self, values):
-        values = np.asarray(values, np.float64)
-        values = values[np.isfinite(values)]
-        if not len(values):
-            return
-        self.low, self.high = min(self.low, values.min()), max(self.high, values.max())
-        scaled = np.log10(np.maximum(values, 1)) if self._is_logarithmic else values
-        if self._edges is None:
-            low, high = (0, 8) if self._is_logarithmic else np.percentile(scaled, (0, 99))
-            self._edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
-            self._counts = np.zeros(_BINS, np.int64)
-        self._counts += np.histogram(np.clip(scaled, self._edges[0], self._edges[-1]), self._edges)[0]
+        values = np.asarray(values, np.float32)
+        # The upper half of a float32: sign, exponent and seven bits.
+        keys, counts = np.unique(values[np.isfinite(values)].view(np.uint32) >> 16, return_counts=True)
+        self._counts.update(dict(zip(keys.tolist(), counts.tolist(), strict=True)))
 
-    def bars(self):
-        """Returns [(label, count)], without empty bins at both ends."""
-        if self._edges is None:
-            return []
-        used = np.flatnonzero(self._counts)
-        places = range(used[0], used[-1] + 1)
-        edges = 10**self._edges if self._is_logarithmic else self._edges
-        return [(f"{edges[place]:.3g}", int(self._counts[place])) for place in places]
+    def values(self):
+        """Returns (values, counts), rising."""
+        keys = np.fromiter(self._counts, np.uint32, len(self._counts))
+        values, order = np.unique((keys << 16).view(np.float32), return_index=True)
+        return values.astype(np.float64), np.fromiter(self._counts.values(), np.int64, len(keys))[order]
 
-    @property
-    def is_flat(self):
-        """Whether there is but one value."""
-        return not self.low < self.high
+
+def _bars(histograms, *, is_logarithmic=False):
+    """Returns [(label, count in each of the histograms)]; what is above the 99th percentile of all stands in the last bar."""
+    pairs = [histogram.values() for histogram in histograms]
+    values, order = np.unique(np.concatenate([values for values, _ in pairs]), return_inverse=True)
+    if not len(values):
+        return []
+    share = np.cumsum(np.bincount(order, np.concatenate([counts for _, counts in pairs])))
+    low, high = values[0], values[np.searchsorted(share, 0.99 * share[-1])]
+    is_whole = (values == np.round(values)).all()
+    if is_logarithmic or (is_whole and high > _MOST_LINEAR):
+        edges = 10 ** np.linspace(math.log10(max(low, 1)), math.log10(max(high, 2, 2 * low)), _BINS + 1)
+    elif is_whole:  # whole numbers have bars of their own, or of as many each
+        step = max(1, math.ceil((high - low + 1) / _BINS))
+        edges = np.arange(low, high + step + 0.5, step)
+    else:
+        edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
+    columns = [np.histogram(np.clip(v, edges[0], np.nextafter(edges[-1], low)), edges, weights=n)[0] for v, n in pairs]
+    return [(f"{edge:.3g}", *map(int, counts)) for edge, *counts in zip(edges, *columns, strict=False)]
 
 
 class _Samples:
@@ -198,23 +222,28 @@ def _reasons(funnel):
     return "<h2>Why documents went</h2>" + table(("step", "reason", "documents", "share of those it saw", "MB"), rows)
 
 
-def _histograms(kept):
-    charts = [
-        bar_chart(f"{name} ({histogram.low:.3g} to {histogram.high:.3g})", histogram.bars(), colour=BLUE)
-        for name, histogram in sorted(kept.numbers.items())
-        if not histogram.is_flat
-    ][:_MOST_CHARTS]
+def _histograms(kept, removed):
+    charts = []
+    for name in sorted({*kept.numbers, *removed.numbers}):
+        pair = [survey.numbers.get(name, _Histogram()) for survey in (kept, removed)]
+        values = np.concatenate([histogram.values()[0] for histogram in pair])
+        if len(np.unique(values)) > 1:
+            charts.append(bar_chart(f"{name} ({values.min():.3g} to {values.max():.3g})", _bars(pair)))
     if not charts:
         return ""
-    note = "<p class='note'>Of the documents that were kept; values above the 99th percentile stand in the last bar.</p>"
-    return f"<h2>Attributes</h2>{note}<div class='charts'>{''.join(charts)}</div>"
+    return f"<h2>Attributes</h2><p class='note'>{_LEGEND}</p><div class='charts'>{''.join(charts[:_MOST_CHARTS])}</div>"
 
 
 def _clusters(kept):
     if not kept.clusters:
         return ""
     rows = sorted(kept.clusters, key=lambda row: (-row[0], row[2]))[:_MOST_CLUSTERS]
-    return "<h2>Largest groups of duplicates</h2>" + table(("documents", "step", "the one that stays"), rows)
+    charts = [
+        bar_chart(f"{name}: documents of a group", _bars([sizes]), colours=[BLUE])
+        for name, sizes in sorted(kept.groups.items())
+    ]
+    heading = f"<h2>Groups of duplicates</h2><div class='charts'>{''.join(charts)}</div>"
+    return heading + "<h2>The largest of them</h2>" + table(("documents", "step", "the one that stays"), rows)
 
 
 def _personal_data(kept):

@@ -66,26 +66,28 @@ def table(heads, rows):
     return f"<div class='scroll'><table><tr>{head}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table></div>"
 
 
-def bar_chart(title, bars, *, width=500, height=220, colour=GREEN):
-    """Returns an SVG of bars (label, value), upright; not every label is written where there are many."""
+def bar_chart(title, bars, *, width=500, height=220, colours=(GREEN, ORANGE)):
+    """Returns an SVG of bars (label, value, ...), upright, values on top of each other; of many labels some are written."""
     if not bars:
         return ""
     left, right, top, bottom = 58, 14, 34, 28
-    ticks = _ticks([0, *(value for _, value in bars)], 4)
+    ticks = _ticks([0, *(sum(values) for _, *values in bars)], 4)
     high, slot = max(ticks), (width - left - right) / len(bars)
     parts = [f"<text class='title' x='{left}' y='20'>{html.escape(title)}</text>"]
     for tick in ticks:
         y = height - bottom - tick / high * (height - top - bottom)
         parts.append(f"<line x1='{left}' x2='{width - right}' y1='{y:.1f}' y2='{y:.1f}' stroke='var(--line)'/>")
         parts.append(f"<text x='{left - 6}' y='{y + 4:.1f}' text-anchor='end'>{_number(tick)}</text>")
-    every = math.ceil(len(bars) * 7 * max(len(label) for label, _ in bars) / (width - left - right) + 0.2)
-    for number, (label, value) in enumerate(bars):
-        tall = value / high * (height - top - bottom)
-        x, y = left + number * slot, height - bottom - tall
-        parts.append(
-            f"<rect x='{x + 1:.1f}' y='{y:.1f}' width='{max(slot - 2, 0.5):.1f}' height='{tall:.1f}' fill='{colour}'>"
-            f"<title>{html.escape(label)}: {value:,}</title></rect>"
-        )
+    every = math.ceil(len(bars) * 7 * max(len(label) for label, *_ in bars) / (width - left - right) + 0.2)
+    for number, (label, *values) in enumerate(bars):
+        x, y = left + number * slot, height - bottom
+        for value, colour in zip(values, colours, strict=False):
+            tall = value / high * (height - top - bottom)
+            y -= tall
+            parts.append(
+                f"<rect x='{x + 1:.1f}' y='{y:.1f}' width='{max(slot - 2, 0.5):.1f}' height='{tall:.1f}' fill='{colour}'>"
+                f"<title>{html.escape(label)}: {value:,}</title></rect>"
+            )
         if number % every == 0:
             middle = x + slot / 2
             parts.append(f"<text x='{middle:.1f}' y='{height - 9}' text-anchor='middle'>{html.escape(label)}</text>")

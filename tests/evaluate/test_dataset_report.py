@@ -2,6 +2,7 @@
 
 import html.parser
 import json
+import re
 
 import pytest
 
@@ -31,11 +32,12 @@ class Reader(html.parser.HTMLParser):
 def version(tmp_path):
     lines = [
         {"text": f"<script>alert({number})</script> and some words of document {number} " * (number % 5)}
-        for number in range(1, 90)
+        for number in range(1, 88)
     ]
+    lines += lines[3:4] * 2
     (tmp_path / "web.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
-    tree = {"sources": [{"path": str(tmp_path / "web.jsonl"), "licence": "CC0"}], "workers": 1,
-            "steps": [{"step": "length", "at_least": 100}]}  # fmt: skip
+    steps = [{"step": "exact_duplicates"}, {"step": "length", "at_least": 100}]
+    tree = {"sources": [{"path": str(tmp_path / "web.jsonl"), "licence": "CC0"}], "workers": 1, "steps": steps}
     return run_preparation(parse(PrepareConfig, tree), tmp_path / "dataset")
 
 
@@ -44,12 +46,31 @@ def test_the_page_shows_the_funnel_and_samples_and_escapes_all_text(version):
     reader = Reader(page)
     text = " ".join(reader.words)
     for words in ("What each step left", "too short", "CC0", "Samples of what was kept", "Samples of what was removed",
-                  "Characters of a document, kept", "is damaged near line 90", "length/characters"):  # fmt: skip
+                  "Characters of a document", "is damaged near line 90", "length/characters"):  # fmt: skip
         assert words in text, words
     assert "script" not in reader.tags and not reader.links
     assert "<script>alert(" in text  # as text
     last = version.manifest["funnel"][-1]
     assert f"{last['documents']:,} documents" in text
+
+
+def bars(page, title):
+    """The (label, count) of the bars of a chart, kept and removed in turn."""
+    (chart,) = [part for part in page.split("<svg")[1:] if f"<text class='title' x='58' y='20'>{title}" in part]
+    found = re.findall(r"<title>([^<]*): ([\d,]+)</title>", chart)
+    return [(float(label), int(count.replace(",", ""))) for label, count in found]
+
+
+def test_charts_count_every_document_once_and_groups_are_named(version):
+    page = (version.directory / REPORT_FILE).read_text()
+    funnel = {entry["step"]: entry for entry in version.manifest["funnel"]}
+    lengths = bars(page, "length/characters")
+    assert sum(count for _, count in lengths[::2]) == funnel["length"]["documents"]
+    assert sum(count for _, count in lengths[1::2]) == funnel["length"]["documents_in"] - funnel["length"]["documents"] > 0
+    assert all(count == 0 for label, count in lengths[::2] if label + 6 < 100)  # none is kept below the threshold
+    assert sum(count for _, count in bars(page, "Characters of a document")) == funnel["read"]["documents"]
+    assert bars(page, "exact_duplicates/group") == [(3.0, 1)]
+    assert "<td class='right'>3</td><td class='left'>exact_duplicates</td><td class='left'>web.jsonl/web.jsonl:4</td>" in page
 
 
 def test_the_same_dataset_gives_the_same_page(version, tmp_path):

@@ -1,7 +1,8 @@
 """More text from little: noisy copies, and copies that went through another language and back.
 
-For sets of languages or subjects of which there is little. Copies are new documents beside the originals; which ones depends
-on the seed and each document's key only.
+For sets of languages or subjects of which there is little. Copies are new documents behind the originals; which ones depends
+on the seed and each document's key only. Steps that remove near-duplicates take some of them away again: augment what is
+clean, with no step behind (`prepare.py:data=DATASET,chain=none`).
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import hashlib
 
 import numpy as np
 
-from llmos_jax.config import setting
+from llmos_jax.config import load_function, setting
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.errors import DataError
 
@@ -23,6 +24,15 @@ class AugmentConfig:
     swap: float = setting(0.02, help="words that change places with the next one", at_least=0, at_most=1)
     typo: float = setting(0.02, help="words that lose, double or exchange a letter", at_least=0, at_most=1)
     seed: int = setting(0, help="seed of the noise", at_least=0)
+    translate: str | None = setting(
+        None, help="MODULE:FUNCTION that takes a list of texts to their translations back from another language"
+    )
+    sources: tuple[str, ...] = setting((), help="sources that are augmented (last parts of their paths); none: all")
+
+    @property
+    def is_active(self):
+        """Whether there are any copies."""
+        return self.copies > 0 or self.translate is not None
 
 
 def noisy(text, config, random):
@@ -53,8 +63,8 @@ def augment(documents, config=AugmentConfig(), *, translate=None):  # noqa: B008
     """Returns Documents: copies of `documents`, without these, named KEY#noise0, ... and KEY#translated.
 
     translate: a function from a list of texts to the list of the same texts translated and translated back, by whatever
-    model is at hand. metadata of copies: {"augmented": how, "original": key} beside that of the original. Copies that equal
-    their original are left out. DataError when `translate` returns another number of texts.
+    model is at hand; none: that of the settings. metadata of copies: {"augmented": how, "original": key} beside that of the
+    original. Copies that equal their original are left out. DataError when `translate` returns another number of texts.
     """
     keys, texts, metadata = [], [], []
 
@@ -68,6 +78,8 @@ def augment(documents, config=AugmentConfig(), *, translate=None):  # noqa: B008
         for copy in range(config.copies):
             digest = hashlib.sha256(f"{config.seed}/{copy}/{key}".encode("utf-8", "surrogatepass")).digest()
             add(number, f"noise{copy}", noisy(text, config, np.random.default_rng(list(digest))))
+    if translate is None and config.translate is not None:
+        translate = load_function(config.translate, "augment.translate")
     if translate is not None:
         back = list(translate(list(documents.texts)))
         if len(back) != len(documents):
@@ -75,3 +87,20 @@ def augment(documents, config=AugmentConfig(), *, translate=None):  # noqa: B008
         for number, text in enumerate(back):
             add(number, "translated", text)
     return Documents(keys, texts, metadata)
+
+
+def with_copies(documents, config):
+    """Returns Documents: each of `documents` with its copies behind it."""
+    copies = augment(documents, config)
+    place = {key: number for number, key in enumerate(documents.keys)}
+    origins = [*range(len(documents)), *(place[metadata["original"]] for metadata in copies.metadata)]
+    order = np.argsort(origins, kind="stable").tolist()
+    columns = [
+        [one[number] if number < len(one) else two[number - len(one)] for number in order]
+        for one, two in (
+            (documents.keys, copies.keys),
+            (documents.texts, copies.texts),
+            (documents.metadata, copies.metadata),
+        )
+    ]
+    return Documents(*columns)

@@ -15,6 +15,7 @@ import time
 from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting, to_plain
 from llmos_jax.data.clean import exchange
+from llmos_jax.data.clean.augment import AugmentConfig
 from llmos_jax.data.clean.dataset import write_version
 from llmos_jax.data.clean.objects import Objects, Task
 from llmos_jax.data.clean.reading import check_bad, group_files, hash_task, read_task, shards_of, source_names
@@ -32,6 +33,7 @@ class PrepareConfig:
 
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to clean; of duplicates the first source's stays")
     steps: tuple = setting((), help="list of steps, each {step: NAME, setting: value, ...}", parser=parse_steps)
+    augment: AugmentConfig = setting(AugmentConfig(copies=0), help="copies of documents with noise, or translated back")
     name: str = setting("dataset", help="name of the dataset")
     shard_bytes: int = setting(16 << 20, help="characters of text of a shard; a worker holds one at a time", at_least=1)
     max_document_bytes: int = setting(64 << 20, help="longest document that is read, bytes", at_least=1)
@@ -46,6 +48,10 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("sources is empty: name at least one.")
+        names = source_names(self.sources)
+        unknown = [name for name in self.augment.sources if name not in names]
+        if unknown:
+            raise ConfigError(f"augment.sources has {unknown[0]!r}; the sources are {', '.join(names)}.")
 
 
 def prepare_dataset(config, directory, *, log=print):

@@ -5,8 +5,9 @@ import hashlib
 
 import numpy as np
 
-from llmos_jax.config import fingerprint, parse, to_plain
+from llmos_jax.config import fingerprint, library_versions, parse, to_plain
 from llmos_jax.data import sources as sources_lib
+from llmos_jax.data.clean.augment import AugmentConfig, with_copies
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.objects import Task
 from llmos_jax.data.files import SourceFile
@@ -63,6 +64,9 @@ def read_task(source, name, files, hashes, config):
     """Returns the Task that reads a group of files of a source into shards."""
     reading = [to_plain(source) | {"path": "", "weight": 1.0}, name, config.shard_bytes, config.max_document_bytes, _VERSION]
     key = fingerprint([reading, [[file.key, content] for file, content in zip(files, hashes, strict=True)]])
+    is_augmented = config.augment.is_active and name in (config.augment.sources or (name,))
+    if is_augmented:
+        key = fingerprint([key, to_plain(config.augment), library_versions(("numpy",))])
     arguments = {
         "key": key,
         "source": to_plain(source),
@@ -71,19 +75,23 @@ def read_task(source, name, files, hashes, config):
         "shard_bytes": config.shard_bytes,
         "limit": config.max_document_bytes,
         "most_bad": 0 if config.on_corrupt == "error" else config.max_corrupt,
+        "augment": to_plain(config.augment) if is_augmented else None,
     }
     return Task("read", f"read/{key}.json", arguments, sum(file.size_bytes for file in files))
 
 
-def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad):
+def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad, augment):
     """Reads a group of files; returns {"shards": [{name, documents, utf8_bytes}], "bad": messages, "bad_count": n, ...}.
 
-    Raises DataError at the first bad file or record more than `most_bad`.
+    augment: settings of copies of documents, or None. Raises DataError at the first bad file or record more than `most_bad`.
     """
     source = parse(SourceConfig, source)
+    augment = parse(AugmentConfig, augment or {"copies": 0})
+    texts_each = 1 + augment.copies + (augment.translate is not None)
     shards, bad, documents, size = [], _Bad(most_bad), Documents([], [], []), 0
 
-    def write():
+    def write(documents):
+        documents = with_copies(documents, augment) if augment.is_active else documents
         shard = f"shards/{key}-{len(shards)}.parquet"
         objects.write_documents(shard, documents)
         shards.append({"name": shard, "documents": len(documents), "utf8_bytes": int(np.sum(documents.utf8_bytes))})
@@ -93,12 +101,12 @@ def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad):
             documents.keys.append(f"{name}/{item.key}")
             documents.texts.append(item.text)
             documents.metadata.append(item.metadata)
-            size += len(item.text)
+            size += len(item.text) * texts_each
             if size >= shard_bytes:
-                write()
+                write(documents)
                 documents, size = Documents([], [], []), 0
     if len(documents):
-        write()
+        write(documents)
     names = [shard["name"] for shard in shards]
     return {"shards": shards, "bad": bad.messages, "bad_count": bad.count, "objects": names}
 

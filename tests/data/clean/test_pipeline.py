@@ -1,5 +1,6 @@
 """The pipeline: the same bytes for any workers, shards and kills; changed inputs and thresholds; bad input; versions."""
 
+import collections
 import dataclasses
 import gzip
 import json
@@ -265,7 +266,7 @@ KILLED = """
 import pathlib, sys, os, signal
 sys.path.insert(0, {tests!r})
 import test_pipeline as t
-from llmos_jax.data.clean import runner, steps
+from llmos_jax.data.clean import dataset, runner, steps
 from llmos_jax.data.clean.objects import Objects
 for cls in (t.Vowels, t.Cut, t.Same):
     steps.register(cls)
@@ -280,13 +281,22 @@ def writing(self, name):
                 os.kill(os.getpid(), signal.SIGKILL)
     return real(self, name)
 Objects._writing = writing
+link = dataset._link
+def linking(source, target):
+    if kind == "version":
+        seen.append(target)
+        if len(seen) > after:
+            os.kill(os.getpid(), signal.SIGKILL)
+    link(source, target)
+dataset._link = linking
 t.prepare_dataset(t.config(pathlib.Path(sys.argv[3])), pathlib.Path(sys.argv[4]), log=t.quiet)
 """
 
 
 SLOW = pytest.mark.slow
-KINDS = [("shards", 2), ("attributes", 5), ("layers", 3), ("records", 3), ("findings", 0), ("output", 4)]
-MORE_KINDS = [("read", 1), ("states", 2), ("stages", 1), ("reduced", 0), ("inputs", 0), ("hash", 1)]
+KINDS = [("shards", 2), ("attributes", 5), ("layers", 3), ("records", 3), ("findings", 0), ("output", 4), ("version", 7)]
+MORE_KINDS = [("read", 1), ("states", 2), ("stages", 1), ("reduced", 0), ("inputs", 0), ("hash", 1), ("ranges", 0)]
+MORE_KINDS += [("reduce/", 0), ("finish", 0)]
 
 
 @pytest.mark.parametrize(("kind", "after"), [*KINDS, *(pytest.param(*k, marks=SLOW) for k in MORE_KINDS)])
@@ -378,6 +388,38 @@ def test_bad_input_is_named_counted_and_capped(tmp_path):
         prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "out", log=quiet)
     with pytest.raises(DataError, match="on_corrupt=skip"):
         prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "out", log=quiet)
+
+
+def back_and_forth(texts):
+    """Stands for a pair of translation models."""
+    return [text.replace("one", "single") for text in texts]
+
+
+def test_copies_stand_behind_their_originals_whatever_the_shards(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parent))
+    folder = corpus(tmp_path / "in")
+    choices = {"copies": 2, "translate": "test_pipeline:back_and_forth", "sources": ["web"]}
+    first = prepare_dataset(config(folder, steps=[], augment=choices), tmp_path / "a", log=quiet)
+    other = prepare_dataset(config(folder, steps=[], augment=choices, shard_bytes=900), tmp_path / "b", log=quiet)
+    assert rows(first) == rows(other)
+    plain = {row["key"]: row["text"] for row in rows(prepare_dataset(config(folder, steps=[]), tmp_path / "c", log=quiet))}
+    added, previous = collections.Counter(), None
+    for row in rows(first):
+        origin, _, how = row["key"].partition("#")
+        if how:
+            metadata = json.loads(row["metadata"])
+            assert origin == previous and metadata["original"] == origin and metadata["augmented"] == how
+            assert origin.startswith("web/") and row["text"] != plain[origin]
+        else:
+            assert row["text"] == plain[origin]
+        added[how], previous = added[how] + 1, origin
+    assert added[""] == len(plain) and added["noise0"] > 10 and added["noise1"] > 10 and added["translated"] > 10
+    (found,) = lookup(first, key=next(row["key"] for row in rows(first) if "#" in row["key"]))
+    assert "/web/" in found["file"]["path"]
+    with pytest.raises(ConfigError, match="augment.translate=nowhere:f: no MODULE:FUNCTION"):
+        prepare_dataset(config(folder, augment={"translate": "nowhere:f"}), tmp_path / "d", log=quiet)
+    with pytest.raises(ConfigError, match="augment.sources has 'wib'; the sources are books, web"):
+        config(folder, augment={"copies": 1, "sources": ["wib"]})
 
 
 def test_settings_that_cannot_work_are_named(tmp_path):
