@@ -3,6 +3,7 @@
 import dataclasses
 
 from llmos_jax.errors import ConfigError
+from llmos_jax.serve import beam
 from llmos_jax.serve.engine import Engine
 
 
@@ -70,6 +71,12 @@ class Generator:
         for state in states:
             state.finish()
         yield from pieces
+
+    def beam_search(self, params, prompts, *, beams, max_tokens, length_penalty):
+        """Returns a tuple of Hypotheses per prompt (text, or its tokens), best first (see `beam.search`)."""
+        rows = [self._prompt(text, index) for index, text in enumerate(prompts)]
+        given = dict(beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        return beam.search(self.engine(params), rows, self.tokenizer.decode, **given)
 
     def _start(self, prompts, sampling, on_text):
         rows = [tokens for index, text in enumerate(prompts) for tokens in [self._prompt(text, index)] * sampling.n]

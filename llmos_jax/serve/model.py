@@ -52,6 +52,14 @@ class LanguageModel:
         self.check_chat()
         return self.generator.tokenizer.chat_prompt(messages)
 
+    def beam_search(self, prompts, beams=4, max_tokens=64, length_penalty=1.0):
+        """Returns, per prompt, a tuple of its `beams` best Hypotheses (text, tokens, reason, loglikelihood, score).
+
+        score: log-likelihood / tokens ** length_penalty; above 0 favours longer continuations, 0 is the log-likelihood itself.
+        """
+        given = dict(beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        return self.generator.beam_search(self.params, list(prompts), **given)
+
     def score(self, prompts, continuations, stride=None):
         """Returns a Score (loglikelihood, token_logprobs, tokens, is_greedy) per pair (see `Scorer.score`)."""
         return self._scorer.score(self.params, list(prompts), list(continuations), stride)
