@@ -10,6 +10,7 @@ _PUBLIC = {
     "export_checkpoint": "llmos_jax.api",
     "run_training": "llmos_jax.api",
     "LanguageModel": "llmos_jax.serve.model",
+    "evaluate_model": "llmos_jax.evaluate.likelihood",
     "Settings": "llmos_jax.train.settings",
     "SamplingConfig": "llmos_jax.serve.sample",
     "make_placement": "llmos_jax.compute.sharding",

@@ -1,5 +1,6 @@
 """Flags, typed settings, one dispatch: `python -m llmos_jax.main [VERB] --config=experiments/NAME.py[:options]`."""
 
+import json
 import logging as python_logging
 import os
 import pathlib
@@ -21,7 +22,10 @@ _USAGE = """usage: llmos [VERB] [flags]
   dataset     ls | verify | compare | gc | lookup | audit  --workdir=DIR [--version=N --keep=N]
               (lookup: --key=KEY, --text=TEXT, or --records=FOLDER --record=N for a training record)
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
-              [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --stop=TEXT --step=STEP]
+              [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --n=N --stop=TEXT --step=STEP]
+  chat        --workdir=DIR [--system=TEXT, and what generate has to say how]: a conversation in the terminal (/help)
+  evaluate    --workdir=DIR --text=FILE (perplexity, bits per byte) --choices=FILE.jsonl (multiple choice), both repeatable
+              [--stride=N --step=STEP --json=FILE]
   convert     --from=hf:FOLDER --workdir=DIR: a checkpoint of transformers (or hf:OWNER/NAME) as a run directory
   convert     --to=hf:FOLDER --workdir=DIR [--step=STEP --dtype=float32|bfloat16|float16]: a run for transformers
   checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
@@ -133,11 +137,12 @@ def _looked_up(version, values):
     from llmos_jax.data.lineage import documents_of
     from llmos_jax.data.store import Store
 
-    asked = [values.key is not None, values.text is not None, values.records is not None]
+    text = values.text[-1] if values.text else None
+    asked = [values.key is not None, text is not None, values.records is not None]
     if sum(asked) != 1 or (values.records is None) != (values.record is None):
         raise errors.ConfigError("dataset lookup needs --key=KEY, --text=TEXT, or --records=FOLDER with --record=NUMBER.")
     if values.records is None:
-        return list(dataset.lookup(version, key=values.key, text=values.text))
+        return list(dataset.lookup(version, key=values.key, text=text))
     store = Store(values.records)
     if not 0 <= values.record < store.count("train"):
         raise errors.ConfigError(f"--record={values.record}: {store.directory} has {store.count('train')} training records.")
@@ -146,8 +151,6 @@ def _looked_up(version, values):
 
 
 def _generate(words, values, overrides, launched):
-    from llmos_jax.serve.sample import SamplingConfig
-
     _no_more(words)
     prompts = list(values.prompt)
     if values.prompt_file:
@@ -157,17 +160,36 @@ def _generate(words, values, overrides, launched):
             raise errors.ConfigError(f"--prompt_file={values.prompt_file} can't be read: {error}.") from None
     if not prompts:
         raise errors.ConfigError("there is nothing to continue: give --prompt=TEXT or --prompt_file=FILE.")
-    names = ("max_tokens", "temperature", "top_k", "top_p", "seed")
-    choices = {name: Override(values[name].value) for name in names if values[name].value is not None}
-    sampling = parse(SamplingConfig, choices | {"stop": tuple(values.stop)})
+    sampling = _sampling(values)
     model = api.load(_workdir(values), step=values.step)
-    if len(prompts) == 1:  # stream
+    if len(prompts) == sampling.n == 1:  # stream
         print(prompts[0], end="", flush=True)
         model.generate(prompts, sampling, on_text=lambda row, text: print(text, end="", flush=True))
         print()
         return
-    for prompt, done in zip(prompts, model.generate(prompts, sampling), strict=True):
-        print(f"{prompt}{done.text}\n---")
+    for prompt, found in zip(prompts, model.generate(prompts, sampling), strict=True):
+        for done in found if sampling.n > 1 else (found,):
+            print(f"{prompt}{done.text}\n---")
+
+
+def _chat(words, values, overrides, launched):
+    from llmos_jax.serve.chat import run_chat
+
+    _no_more(words)
+    sampling = _sampling(values)
+    run_chat(api.load(_workdir(values), step=values.step), sampling, system=values.system)
+
+
+def _evaluate(words, values, overrides, launched):
+    from llmos_jax.compute import host
+    from llmos_jax.evaluate import likelihood
+
+    _no_more(words)
+    files = likelihood.read_files(values.text, values.choices)
+    figures = likelihood.measure_files(api.load(_workdir(values), step=values.step), files, values.stride)
+    if values.json:
+        host.write_whole(pathlib.Path(values.json), json.dumps(figures, indent=2) + "\n")
+    print(likelihood.format_figures(figures))
 
 
 def _convert(words, values, overrides, launched):
@@ -210,12 +232,15 @@ def _checkpoint(words, values, overrides, launched):
         raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")
 
 
+_SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "n")
 _VERBS = {
     "train": _train,
     "plan": _plan,
     "prepare": _prepare,
     "dataset": _dataset,
     "generate": _generate,
+    "chat": _chat,
+    "evaluate": _evaluate,
     "convert": _convert,
     "checkpoint": _checkpoint,
 }
@@ -240,20 +265,23 @@ def _parse(argv):
     flags.DEFINE_string("config", None, "experiments/NAME.py[:option=value,flag]", **text)
     flags.DEFINE_string("workdir", None, "run directory", **text)
     flags.DEFINE_string("topology", None, "machine to plan for, as v5p-1024 or v5p:8x8x8", **text)
-    flags.DEFINE_string("json", None, "file for the plan's figures", **text)
+    flags.DEFINE_string("json", None, "file for the figures of plan or evaluate", **text)
     flags.DEFINE_string("from", None, "checkpoint of transformers to convert, hf:FOLDER or hf:OWNER/NAME", **text)
     flags.DEFINE_string("to", None, "new folder for transformers, hf:FOLDER", **text)
     flags.DEFINE_string("dtype", None, "of the weights in the files that convert writes", **text)
     flags.DEFINE_multi_string("prompt", [], "text to continue (repeatable)", **text)
     flags.DEFINE_string("prompt_file", None, "file with one prompt a line", **text)
-    for name in ("max_tokens", "temperature", "top_k", "top_p", "seed"):
+    for name in _SAMPLING:
         flags.DEFINE_string(name, None, "see serve.sample.SamplingConfig", **text)
+    flags.DEFINE_string("system", None, "system message of a chat", **text)
     flags.DEFINE_multi_string("stop", [], "text that ends a continuation (repeatable)", **text)
     flags.DEFINE_integer("step", None, "checkpoint to load; none: the newest", **text)
     flags.DEFINE_integer("keep", 1, "newest checkpoints or versions that gc keeps", lower_bound=1, **text)
     flags.DEFINE_integer("version", None, "version of a dataset; none: the newest", **text)
     flags.DEFINE_string("key", None, "key of a document to look up", **text)
-    flags.DEFINE_string("text", None, "piece of text to look up", **text)
+    flags.DEFINE_multi_string("text", [], "file of text to evaluate on (repeatable); piece of text to look up", **text)
+    flags.DEFINE_multi_string("choices", [], "jsonl file of multiple-choice questions (repeatable)", **text)
+    flags.DEFINE_integer("stride", None, "tokens that a window scores of a text beyond the context", lower_bound=1, **text)
     flags.DEFINE_string("records", None, "folder of training records, to look up one of them", **text)
     flags.DEFINE_integer("record", None, "number of a training record to look up", **text)
     flags.DEFINE_bool("help", False, "show this", short_name="h", **text)
@@ -265,6 +293,13 @@ def _parse(argv):
         print(_USAGE)
         sys.exit(0)
     return words, values, overrides
+
+
+def _sampling(values):
+    from llmos_jax.serve.sample import SamplingConfig
+
+    choices = {name: Override(values[name].value) for name in _SAMPLING if values[name].value is not None}
+    return parse(SamplingConfig, choices | {"stop": tuple(values.stop)})
 
 
 def _workdir(values):

@@ -2,6 +2,7 @@
 
     python -m venv /tmp/reference && /tmp/reference/bin/pip install torch==2.13.0 transformers==5.24.0 safetensors
     /tmp/reference/bin/python scripts/reference_models.py write            # tests/interop/reference/*.json anew
+    /tmp/reference/bin/python scripts/reference_models.py beams            # tests/serve/beams.json
     /tmp/reference/bin/python scripts/reference_models.py check FOLDER     # every folder in it, as tests/interop leaves them
 
 An environment of its own, because PyTorch is not needed for anything else. The weights are not recorded: tests make them
@@ -129,6 +130,9 @@ MODELS = {
         None,
     ),
 }
+# What is recorded of beam search: an end token that this model likes.
+BEAMS = {"model": "llama", "beams": 4, "max_tokens": 10, "end": 5}
+BEAMS_FILE = pathlib.Path(__file__).parent.parent / "tests/serve/beams.json"
 # Rows in which the row's longest position decides (dynamic, longrope) are compared alone: transformers lets the longest of
 # the batch decide, and these models let each row.
 BY_LENGTH = ("llama-dynamic", "llama-longrope", "phi3-longrope")
@@ -150,25 +154,11 @@ def tokens():
 
 
 def write():
-    import torch
-    import transformers
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, (kind, settings, dtype, shard_bytes) in MODELS.items():
-        config = getattr(transformers, kind)(**settings, use_cache=True)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    for name, (_, _, dtype, _) in MODELS.items():
         with tempfile.TemporaryDirectory() as folder:
             folder = pathlib.Path(folder)
-            model.save_pretrained(folder, max_shard_size=shard_bytes or "5GB")
-            files = {}
-            for file in sorted(folder.glob("*.safetensors")):
-                with safe_open(file, "pt") as opened:
-                    shapes = {key: list(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
-                files[file.name] = shapes
-                content = {key: torch.tensor(weights(key, shape)).to(getattr(torch, dtype)) for key, shape in shapes.items()}
-                save_file(content, file, metadata={"format": "pt"})
+            files = save(name, folder)
             index = folder / "model.safetensors.index.json"
             record = {
                 "config": json.loads((folder / "config.json").read_text()),
@@ -179,6 +169,60 @@ def write():
             }
         (FOLDER / f"{name}.json").write_text(json.dumps(record, sort_keys=True) + "\n")
         print(name, record["tokens"][0][:6])
+
+
+def save(name, folder):
+    """Writes a model as transformers does, with the values of `weights`; returns {file: {tensor: shape}}."""
+    import torch
+    import transformers
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    kind, settings, dtype, shard_bytes = MODELS[name]
+    config = getattr(transformers, kind)(**settings, use_cache=True)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(folder, max_shard_size=shard_bytes or "5GB")
+    files = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            shapes = {key: list(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118
+        files[file.name] = shapes
+        content = {key: torch.tensor(weights(key, shape)).to(getattr(torch, dtype)) for key, shape in shapes.items()}
+        save_file(content, file, metadata={"format": "pt"})
+    return files
+
+
+def write_beams():
+    """Records what transformers' beam search finds with the model that `BEAMS` names."""
+    import torch
+    import transformers
+
+    with tempfile.TemporaryDirectory() as folder:
+        save(BEAMS["model"], pathlib.Path(folder))
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    cases = []
+    for prompt in tokens():
+        for penalty in (0.0, 1.0, -1.0):
+            done = model.eval().generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+                num_beams=BEAMS["beams"],
+                num_return_sequences=BEAMS["beams"],
+                max_new_tokens=BEAMS["max_tokens"],
+                length_penalty=penalty,
+                early_stopping="never",
+                do_sample=False,
+                eos_token_id=BEAMS["end"],
+                pad_token_id=0,
+                output_scores=True,
+                return_dict_in_generate=True,
+            )
+            rows = [row[len(prompt) :].tolist() for row in done.sequences]
+            rows = [row[: row.index(BEAMS["end"])] if BEAMS["end"] in row else row for row in rows]
+            scores = done.sequences_scores.tolist()
+            cases.append({"prompt": prompt, "length_penalty": penalty, "tokens": rows, "scores": scores})
+            print(penalty, rows[0], scores[0])
+    BEAMS_FILE.write_text(json.dumps(BEAMS | {"cases": cases}, sort_keys=True) + "\n")
 
 
 def computed(folder, is_alone):
@@ -230,6 +274,8 @@ def check(folder):
 if __name__ == "__main__":
     if sys.argv[1:] == ["write"]:
         write()
+    elif sys.argv[1:] == ["beams"]:
+        write_beams()
     elif sys.argv[1:2] == ["check"] and len(sys.argv) == 3:
         check(sys.argv[2])
     else:

@@ -1,7 +1,9 @@
 """Checkpoints of transformers become runs, models and starts of training, and runs become such checkpoints."""
 
 import functools
+import io
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -62,6 +64,27 @@ def test_chats_go_by_the_template_that_came_with_it(source, run):
     tokenizer.files["chat_template.jinja"] = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:"
     answer = model.chat([{"role": "user", "content": "hi"}], **GREEDY)
     assert answer.tokens == model.generate([list(b"user: hi\nbot:")], **GREEDY)[0].tokens
+
+
+def test_the_chat_verb_talks_through_a_pipe(source, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "talking"
+    shutil.copytree(source, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}bot:")
+    model = llmos_jax.load(f"hf:{folder}")
+    talk = [{"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]
+    first = model.chat(talk, max_tokens=4, temperature=0.0).text
+    talk += [{"role": "assistant", "content": first}, {"role": "user", "content": "and"}]
+    expected = f"{first}\n{model.chat(talk, max_tokens=4, temperature=0.0).text}\n"
+    arguments = ["llmos", "chat", f"--workdir=hf:{folder}", "--system=be", "--max_tokens=4", "--temperature=0"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand\n/exit\nnever"))
+    assert main.main(arguments) == 0 and capsys.readouterr().out == expected
+    monkeypatch.setattr("sys.stdin", io.StringIO("/nonsense\nhi\n"))
+    assert main.main(arguments) == 78
+    captured = capsys.readouterr()
+    assert captured.out == "" and "there is no /nonsense" in captured.err
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    assert main.main([arguments[0], "chat", f"--workdir=hf:{source}"]) == 78
+    assert "no chat template" in capsys.readouterr().err
 
 
 def test_there_and_back_is_bit_identical(source, run, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import pathlib
 import re
 import subprocess
@@ -60,7 +61,26 @@ def test_generate(run_directory, tmp_path):
     (tmp_path / "prompts.txt").write_text("def f\nimport\n")
     several = llmos("generate", *flags, f"--prompt_file={tmp_path / 'prompts.txt'}")
     assert several.stdout.startswith(first.stdout.rstrip("\n")) and several.stdout.count("---\n") == 2
+    assert llmos("generate", *flags, "--prompt=def f", "--n=3").stdout.count("---\n") == 3
     assert main(["llmos", "generate", f"--workdir={run_directory}", "--prompt=a", "--step=99"]) == 65
+
+
+def test_chat_needs_a_template(run_directory):
+    done = llmos("chat", f"--workdir={run_directory}")
+    assert done.returncode == 78 and "no chat template" in done.stderr and not done.stdout
+
+
+def test_evaluate(run_directory, tmp_path):
+    (tmp_path / "code.py").write_text("import os\n\n\ndef main():\n    return os.getcwd()\n" * 40)
+    question = {"question": "import", "choices": ["os", "\u00fc\u00fc"], "answer": "os"}
+    (tmp_path / "choices.jsonl").write_text(json.dumps(question) + "\n\n" + json.dumps(question | {"answer": 1}))
+    files = [f"--text={tmp_path / 'code.py'}", f"--choices={tmp_path / 'choices.jsonl'}"]
+    done = llmos("evaluate", f"--workdir={run_directory}", *files, f"--json={tmp_path / 'figures.json'}")
+    assert done.returncode == 0, done.stderr
+    text, choices = json.loads((tmp_path / "figures.json").read_text()).values()
+    assert text["bytes"] == 1880 and 0.5 < text["bits_per_byte"] < 16
+    assert choices["questions"] == 2 and choices["acc"] == choices["acc_norm"] == 0.5 and choices["acc_stderr"] == 0.5
+    assert f"{text['perplexity']:.4f}" in done.stdout and "+- 0.5000" in done.stdout
 
 
 def test_checkpoint_verbs(run_directory):
@@ -75,7 +95,10 @@ def test_checkpoint_verbs(run_directory):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["trian"], "there is no verb 'trian'; known: train, plan, prepare, dataset, generate, convert, checkpoint"),
+        (
+            ["trian"],
+            "there is no verb 'trian'; known: train, plan, prepare, dataset, generate, chat, evaluate, convert, checkpoint",
+        ),
         ([], "--config is missing"),
         (["--config=experiments/gtp.py"], "there is no file experiments/gtp.py"),
         (["--config=experiments/gpt.py:sise=nano"], "option 'sise' is unknown; did you mean 'size'"),
@@ -102,6 +125,11 @@ def test_checkpoint_verbs(run_directory):
         (["generate", "--workdir=/tmp", "--prompt=a", "--stop="], "stop: an empty text"),
         (["generate", "--workdir=/tmp", "--prompt=a", "--seed=99999999999999999999"], "seed=.* must be at most"),
         (["generate", "--workdir=/tmp", "--prompt_file=/no/file"], "--prompt_file=/no/file can't be read"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--n=2", "--temperature=0"], "n=2 with temperature=0"),
+        (["chat"], "--workdir is missing"),
+        (["evaluate", "--workdir=/tmp"], "nothing to evaluate on"),
+        (["evaluate", "--workdir=/tmp", "--text=/no/file"], "/no/file can't be read"),
+        (["evaluate", "--workdir=/tmp", "--text=README.md"], "holds no run"),
         (["checkpoint", "lst", "--workdir=/no/run"], "has no checkpoints"),
     ],
 )
@@ -112,7 +140,11 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
         [
             "llmos",
             *arguments,
-            *(["--workdir=" + str(tmp_path / "run")] if "generate" not in arguments and "checkpoint" not in arguments else []),
+            *(
+                []
+                if {"generate", "chat", "evaluate", "checkpoint"} & set(arguments)
+                else ["--workdir=" + str(tmp_path / "run")]
+            ),
         ]
     )
     error = capsys.readouterr().err

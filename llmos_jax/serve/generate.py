@@ -3,6 +3,7 @@
 import dataclasses
 
 from llmos_jax.errors import ConfigError
+from llmos_jax.serve import beam
 from llmos_jax.serve.engine import Engine
 
 
@@ -50,13 +51,15 @@ class Generator:
     def generate(self, params, prompts, sampling, on_text=lambda row, text: None):
         """Returns one Generation per prompt (text, or its tokens); `on_text(row, text)` is called with every piece of text.
 
-        Every row draws from its own random stream, so a prompt's continuation does not depend on its neighbours. Raises
-        ConfigError when a prompt does not fit the model's context.
+        With `sampling.n` above 1 it is a tuple of n Generations per prompt, whose rows are `n * prompt + choice`; they share
+        the pages of their prompt. Every row draws from its own random stream, so a prompt's continuation does not depend on
+        its neighbours. Raises ConfigError when a prompt does not fit the model's context.
         """
         rows, states = self._start(prompts, sampling, on_text)
         for _ in self._run(self.engine(params), rows, states, sampling):
             pass
-        return [state.finish() for state in states]
+        done = [state.finish() for state in states]
+        return done if sampling.n == 1 else [tuple(done[row : row + sampling.n]) for row in range(0, len(done), sampling.n)]
 
     def stream(self, params, prompts, sampling):
         """Yields (row, piece of text) as they appear (see `generate`); a caller who stops asking ends all rows."""
@@ -69,8 +72,14 @@ class Generator:
             state.finish()
         yield from pieces
 
-    def _start(self, prompts, sampling, on_text):
+    def beam_search(self, params, prompts, *, beams, max_tokens, length_penalty):
+        """Returns a tuple of Hypotheses per prompt (text, or its tokens), best first (see `beam.search`)."""
         rows = [self._prompt(text, index) for index, text in enumerate(prompts)]
+        given = dict(beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        return beam.search(self.engine(params), rows, self.tokenizer.decode, **given)
+
+    def _start(self, prompts, sampling, on_text):
+        rows = [tokens for index, text in enumerate(prompts) for tokens in [self._prompt(text, index)] * sampling.n]
         if not rows:
             raise ConfigError("there is no prompt to continue.")
         return rows, [_Row(self.tokenizer, sampling, on_text, index) for index in range(len(rows))]

@@ -20,13 +20,14 @@ class LanguageModel:
     def generate(self, prompts, sampling=None, on_text=None, **choices):
         """Returns one Generation (text, tokens, reason) per prompt; `choices` are fields of SamplingConfig.
 
-        `on_text(row, text)` is called with each piece of text as it appears.
+        With n above 1 it is a tuple of n Generations per prompt. `on_text(row, text)` is called with each piece of text as it
+        appears; a prompt's rows are `n * prompt + choice`.
         """
         sampling = sampling or parse(SamplingConfig, choices)
         return self.generator.generate(self.params, list(prompts), sampling, on_text or (lambda row, text: None))
 
     def stream(self, prompts, sampling=None, **choices):
-        """Yields (row, piece of text) as they appear; a caller who stops asking ends all rows."""
+        """Yields (row, piece of text) as they appear (see `generate`); a caller who stops asking ends all rows."""
         sampling = sampling or parse(SamplingConfig, choices)
         return self.generator.stream(self.params, list(prompts), sampling)
 
@@ -35,10 +36,29 @@ class LanguageModel:
 
         Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
         """
-        tokenizer = self.generator.tokenizer
-        if not hasattr(tokenizer, "chat_prompt"):
+        return self.generate([self._chat_prompt(messages)], sampling, on_text, **choices)[0]
+
+    def stream_chat(self, messages, sampling=None, **choices):
+        """Yields the pieces of text that answer `messages` (see `chat`); a caller who stops asking ends it."""
+        for _, piece in self.stream([self._chat_prompt(messages)], sampling, **choices):
+            yield piece
+
+    def check_chat(self):
+        """Raises ConfigError when the model came without a chat template."""
+        if getattr(self.generator.tokenizer, "chat_template", None) is None:
             raise ConfigError("this model's tokenizer has no chat template: give text to `generate`.")
-        return self.generate([tokenizer.chat_prompt(messages)], sampling, on_text, **choices)[0]
+
+    def _chat_prompt(self, messages):
+        self.check_chat()
+        return self.generator.tokenizer.chat_prompt(messages)
+
+    def beam_search(self, prompts, beams=4, max_tokens=64, length_penalty=1.0):
+        """Returns, per prompt, a tuple of its `beams` best Hypotheses (text, tokens, reason, loglikelihood, score).
+
+        score: log-likelihood / tokens ** length_penalty; above 0 favours longer continuations, 0 is the log-likelihood itself.
+        """
+        given = dict(beams=beams, max_tokens=max_tokens, length_penalty=length_penalty)
+        return self.generator.beam_search(self.params, list(prompts), **given)
 
     def score(self, prompts, continuations, stride=None):
         """Returns a Score (loglikelihood, token_logprobs, tokens, is_greedy) per pair (see `Scorer.score`)."""

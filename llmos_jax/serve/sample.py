@@ -37,6 +37,7 @@ class SamplingConfig:
         None, help="log-probabilities of tokens, and of so many alternatives; none: no", at_least=0, at_most=MOST_LOGPROBS
     )
     seed: int = setting(0, help="of the draws", at_least=0, at_most=2**32 - 1)
+    n: int = setting(1, help="continuations of each prompt, from random numbers of their own", at_least=1)
     stop: tuple[str, ...] = setting((), help="texts that end a continuation (not part of it)")
 
     def __post_init__(self):
@@ -47,6 +48,9 @@ class SamplingConfig:
         for token in self.logit_bias:
             if not str(token).isdecimal():
                 raise ConfigError(f"logit_bias: {token!r} is not the number of a token.")
+
+        if self.n > 1 and self.temperature == 0:
+            raise ConfigError(f"n={self.n} with temperature=0: all continuations would be the same.")
 
     def check(self, vocab_size):
         """Raises ConfigError when a token named here is not in the vocabulary."""

@@ -1,5 +1,6 @@
 """Text from the engine against the model run without a cache; streaming, stop texts, the context's end."""
 
+import dataclasses
 import functools
 
 import jax
@@ -79,6 +80,25 @@ def test_rows_draw_alone_and_seeds_repeat(generator):
     assert generate.generate(params, PROMPTS[:3], sampling) == first
     assert generate.generate(params, PROMPTS[:1], sampling)[0] == first[0]
     assert generate.generate(params, PROMPTS[:1], SamplingConfig(max_tokens=16, temperature=1.0, seed=6))[0] != first[0]
+
+
+def test_several_continuations_share_their_prompt(generator):
+    generate, params, _ = generator
+    sampling = SamplingConfig(max_tokens=12, temperature=1.0, seed=5, n=3)
+    prompts, engine = ["x" * 70, "y" * 60], generate.engine(params)
+    engine.pool.forget()
+    before, pieces = dict(engine.counts), {}
+    found = generate.generate(params, prompts, sampling, on_text=lambda r, t: pieces.setdefault(r, []).append(t))
+    prefilled, reused = (engine.counts[name] - before.get(name, 0) for name in ("prefilled_tokens", "reused_tokens"))
+    # Of 71 and 61 tokens the full pages of 16 are shared, but for a page of the last token.
+    assert (reused, prefilled) == (2 * 64 + 2 * 48, 71 + 61 + 2 * 7 + 2 * 13)
+    assert [len(choices) for choices in found] == [3, 3] and len({done.tokens for done in found[0]}) == 3
+    flat = [done for choices in found for done in choices]
+    assert ["".join(pieces.get(row, [])) for row in range(6)] == [done.text for done in flat]
+    one = dataclasses.replace(sampling, n=1)
+    assert flat == generate.generate(params, [prompt for prompt in prompts for _ in range(3)], one)
+    with pytest.raises(ConfigError, match="n=2 with temperature=0"):
+        SamplingConfig(n=2, temperature=0.0)
 
 
 def test_streamed_text_is_the_text(generator):
