@@ -45,11 +45,10 @@ class GopherQuality(Filter):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.min_stop_words > len(set(self.stop_words)):
-            raise ConfigError(
-                f"{self.name}.min_stop_words={self.min_stop_words} is more than the {len(set(self.stop_words))} stop_words: nothing "
-                "would be kept."
-            )
+        known = len(set(self.stop_words))
+        if self.min_stop_words > known:
+            most = f"is more than the {known} stop_words"
+            raise ConfigError(f"{self.name}.min_stop_words={self.min_stop_words} {most}: nothing would be kept.")
 
     def annotate(self, documents, findings=None):
         """Returns counts and ratios of each document; the names of attributes say which."""
@@ -112,10 +111,9 @@ class GopherRepetition(Filter):
     def __post_init__(self):
         super().__post_init__()
         for name, most in (("max_top_ngrams", 3), ("max_duplicate_ngrams", 6)):
-            if len(getattr(self, name)) > most:
-                raise ConfigError(
-                    f"{self.name}.{name} has {len(getattr(self, name))} numbers: {most} at most, one for each length."
-                )
+            given = len(getattr(self, name))
+            if given > most:
+                raise ConfigError(f"{self.name}.{name} has {given} numbers: {most} at most, one for each length.")
 
     def annotate(self, documents, findings=None):
         """Returns shares of repeated lines, paragraphs and n-grams."""

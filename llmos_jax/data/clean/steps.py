@@ -72,7 +72,7 @@ class Step:
 
     def __post_init__(self):
         """Raises ConfigError when a smallest value is larger than its largest one: no document would stay."""
-        names = {field.name for field in dataclasses.fields(self)}
+        names = [field.name for field in dataclasses.fields(self)]
         for low in names:
             high = {"at_least": "at_most"}.get(low, low.replace("min_", "max_", 1))
             if high != low and high in names and getattr(self, low) > getattr(self, high):
