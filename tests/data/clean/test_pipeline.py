@@ -429,6 +429,14 @@ def test_settings_that_cannot_work_are_named(tmp_path):
         ({"sources": []}, "sources is empty"),
         ({"steps": [{"step": "lenght"}]}, "did you mean 'length'"),
         ({"steps": [{"step": "length", "at_least": 9, "at_most": 3}]}, "at_least=9 is more than at_most=3"),
+        ({"steps": [{"step": "gopher_quality", "min_words": 90, "max_words": 50}]}, "min_words=90 is more than max_words=50"),
+        (
+            {"steps": [{"step": "gopher_quality", "label": "q", "min_mean_word_length": 11}]},
+            "q.min_mean_word_length=11 is more",
+        ),
+        ({"steps": [{"step": "gopher_quality", "stop_words": ["the"]}]}, "min_stop_words=2 is more than the 1 stop_words"),
+        ({"steps": [{"step": "gopher_repetition", "max_top_ngrams": [0.2] * 4}]}, "has 4 numbers: 3 at most"),
+        ({"steps": [{"step": "decontaminate", "paths": ["x"], "ngram": 5}]}, "min_words=8 is more than ngram=5"),
         ({"stepz": []}, "did you mean 'steps'"),
         ({"runner": "spark"}, "runner='spark'"),
     ):
