@@ -139,10 +139,10 @@ def list_local(files, root):
     """Returns the SourceFiles of paths below `root`."""
     listed = []
     for file in files:
-        status = file.stat()
+        status = file.stat() if file.exists() else file.lstat()  # of a link to nothing: reading names it
         # Names that are not UTF-8 are spelled with escapes: keys go into files.
         key = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
-        listed.append(SourceFile(str(file), key, status.st_size, str(status.st_mtime_ns)))
+        listed.append(SourceFile(str(file), key, status.st_size, f"{status.st_mtime_ns}-{status.st_mode:o}"))
     return listed
 
 
@@ -156,7 +156,8 @@ def _list_local(text):
     if path.is_file():
         return list_local([path], path.parent)
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and not _is_hidden(file.relative_to(path).parts))
+        files = (file for file in path.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
+        found = sorted(file for file in files if not _is_hidden(file.relative_to(path).parts))
         return list_local(found, path)
     parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
     near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)

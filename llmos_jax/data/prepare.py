@@ -12,7 +12,7 @@ import time
 import numpy as np
 
 from llmos_jax.compute import host
-from llmos_jax.config import fingerprint, setting
+from llmos_jax.config import Override, fingerprint, parse, setting
 from llmos_jax.data import sources as sources_lib
 from llmos_jax.data.fertility import Fertility, format_fertility
 from llmos_jax.data.lineage import Lineage, lineage_file
@@ -36,12 +36,24 @@ class StageConfig:
     weights: tuple[float, ...] = setting(help="weight of each source, in their order; 0: not at all", at_least=0.0)
 
 
+def parse_stages(value, path):
+    """Returns the StageConfigs of a list of groups, or of text, `STEP:WEIGHT:WEIGHT,...`: a weight for each source."""
+    if isinstance(value, str):
+        parts = [[Override(number) for number in stage.split(":")] for stage in value.strip("()[]").split(",") if stage.strip()]
+        value = [{"from_step": step, "weights": weights} for step, *weights in parts]
+    if not isinstance(value, (list, tuple)):
+        raise ConfigError(f"{path} must be a list of groups from_step, weights, or STEP:WEIGHT:WEIGHT,..., not {value!r}.")
+    return tuple(parse(StageConfig, stage, f"{path}[{number}]") for number, stage in enumerate(value))
+
+
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
     """Sources, tokenizer and shape of the records."""
 
     sources: tuple[SourceConfig, ...] = setting((SourceConfig(),), help="what to train on; several are a mixture")
-    stages: tuple[StageConfig, ...] = setting((), help="curriculum: from which step on which weights count")
+    stages: tuple[StageConfig, ...] = setting(
+        (), help="curriculum: from which step on which weights count", parser=parse_stages
+    )
     tokenizer: str = setting("bpe:4096", help="byte, bpe:SIZE or unigram:SIZE (trained on the sources), or a tokenizer.json")
     length: int = setting(256, help="tokens of a record", at_least=2)
     packing: str = setting(

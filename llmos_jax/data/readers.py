@@ -71,7 +71,7 @@ def _read_whole(file, limit):
     try:
         with file.open() as stream:
             data = stream.read() if limit is None else stream.read(limit + 1)
-    except PermissionError:
+    except (FileNotFoundError, PermissionError):
         raise
     except DAMAGE as error:
         raise DataError(f"{file} is damaged: {error}.") from None

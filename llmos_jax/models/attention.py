@@ -67,18 +67,21 @@ def attend(
 def attend_cached(query_BLHK, past, recent, past_B, start, *, window=None, scale=None, softcap=None):
     """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
-    past: (key, value) [G, B, M, K] of the first past_B[b] tokens of row b, finite beyond; None: there are none. recent: the
-    same, [G, B, N, K], of the tokens after those, as far as they are known: the queries are the recent tokens start ..
-    start + L - 1, and see the past and the recent ones to their own, the latest `window` if given. Memory: float32 scores of
-    at most 512 tokens at a time.
+    past: (key [G, B, K, M], value [G, B, M, K]) of the first past_B[b] tokens of row b, finite beyond; None: there are none.
+    recent: (key, value) [G, B, N, K] of the tokens after those, as far as they are known: the queries are the recent tokens
+    start .. start + L - 1, and see the past and the recent ones to their own, the latest `window` if given. Memory: float32
+    scores of at most 512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
     groups = recent[0].shape[0]
-    for key_value in (past, recent) if past is not None else (recent,):
-        if any(x.shape != (groups, batch, x.shape[2], size) for x in key_value) or heads % groups:
+    parts = [(recent[0].swapaxes(2, 3), recent[1])]
+    if past is not None:
+        parts.insert(0, past)
+    for key, value in parts:
+        if key.swapaxes(2, 3).shape != value.shape or value.shape != (groups, batch, value.shape[2], size) or heads % groups:
             raise ConfigError(
-                f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key_value[0].shape} and "
-                f"values {key_value[1].shape}; expected [G, B, M, K] with H a multiple of G."
+                f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key.shape} and values "
+                f"{value.shape}; expected [G, B, K, M] and [G, B, M, K] with H a multiple of G."
             )
     scale = 1 / np.sqrt(size) if scale is None else scale
     query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, groups, -1, size)
@@ -88,7 +91,7 @@ def attend_cached(query_BLHK, past, recent, past_B, start, *, window=None, scale
     for begin in range(0, length, _CACHED_ROWS):
         rows = slice(begin, min(begin + _CACHED_ROWS, length))
         seen = _seen_in_cache(recent_L[rows], past, recent, past_B, window)
-        outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], past, recent, seen, softcap))
+        outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], parts, seen, softcap))
     output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
@@ -336,7 +339,7 @@ def _seen_in_cache(recent_L, past, recent, past_B, window):
     seen_BLM = seen[None]
     if past is None:
         return seen_BLM
-    slot_M = jnp.arange(past[0].shape[2])
+    slot_M = jnp.arange(past[1].shape[2])
     past_BLM = jnp.broadcast_to(slot_M < past_B[:, None, None], (past_B.shape[0], recent_L.shape[0], slot_M.shape[0]))
     if window is not None:
         past_BLM &= slot_M > (past_B[:, None] + recent_L)[:, :, None] - window
@@ -347,13 +350,12 @@ def _capped(scores, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _attend_rows(query_GBRLK, past, recent, seen_BLM, softcap):
+def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):
     """Returns attention [G, B, R, L, K] in float32, with full scores."""
-    parts = [recent] if past is None else [past, recent]
-    sizes = [key.shape[2] for key, _ in parts]
+    sizes = [value.shape[2] for _, value in parts]
     wide = dict(preferred_element_type=jnp.float32)
-    scores = [jnp.einsum("GBRLK,GBMK->GBRLM", query_GBRLK, key, **wide) for key, _ in parts]
+    scores = [jnp.einsum("GBRLK,GBKM->GBRLM", query_GBRLK, key, **wide) for key, _ in parts]
     scores = _capped(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], softcap)
-    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores, HIDDEN)).astype(recent[1].dtype)
+    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores, HIDDEN)).astype(parts[0][1].dtype)
     weights = jnp.split(weights, sizes[:-1], -1)
     return sum(jnp.einsum("GBRLM,GBMK->GBRLK", w, value, **wide) for w, (_, value) in zip(weights, parts, strict=True))

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from llmos_jax.models import few_rows
+
 
 def parameter(rngs, shape, axes, initializer, *, kind="vector", inputs=0):
     """Returns a float32 `nnx.Param` of `shape` with logical `axes`, drawn from `rngs.params` by `initializer`.
@@ -116,7 +118,21 @@ def matmul(x, weight, contracted=1):
 
     The weight's gradient is made in the weight's own dtype (float32), whatever the dtype of the activations.
     """
-    return _contract(x, weight.astype(x.dtype), contracted)
+    weight = weight.astype(x.dtype)
+    if math.prod(x.shape[:-contracted]) > few_rows.MOST_ROWS or weight.size < few_rows.LEAST_SIZE:
+        return _contract(x, weight, contracted)
+    return lax.platform_dependent(
+        x,
+        weight,
+        cpu=functools.partial(_contract_few, contracted=contracted),
+        default=functools.partial(_contract, contracted=contracted),
+    )
+
+
+def _contract_few(x, weight, contracted):
+    inputs = math.prod(weight.shape[:contracted])
+    y = few_rows.product(x.reshape(-1, inputs), weight.reshape(inputs, -1))
+    return y.reshape(*x.shape[: x.ndim - contracted], *weight.shape[contracted:])
 
 
 def _contract(x, weight, contracted):

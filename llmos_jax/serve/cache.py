@@ -35,9 +35,10 @@ def page_bytes(family, config, page_size, dtype):
 
 
 def gather(pools, table_BP, past_B):
-    """Returns the past of rows, a (key, value) pair a layer, [G, B, P x page_size, K] each; zeros from past_B on.
+    """Returns the past of rows, (keys [G, B, K, P x page_size], values [G, B, P x page_size, K]) of each layer.
 
-    table_BP: the pages of each row. What earlier owners left in a page never matters: not even if it is not finite.
+    table_BP: the pages of each row; zeros from past_B on. What earlier owners left in a page never matters: not even if it is
+    not finite. Keys lie as the product with queries reads them: a decoding loop would turn them around in every step.
     """
 
     def read(pool_GPSK):
@@ -46,7 +47,7 @@ def gather(pools, table_BP, past_B):
         past_GBMK = pool_GPSK[:, table_BP].reshape(groups, rows, pages * page_size, size)
         return jnp.where((jnp.arange(pages * page_size) < past_B[:, None])[None, :, :, None], past_GBMK, 0)
 
-    return jax.tree.map(read, pools)
+    return [(read(key).swapaxes(2, 3), read(value)) for key, value in pools]
 
 
 def init_recent(pools, rows, length):

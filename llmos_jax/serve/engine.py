@@ -21,8 +21,6 @@ from llmos_jax.serve.programs import Programs, row_arrays
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.serve.schedule import Request, Scheduler
 
-# A product with one row misses XLA:CPU's fast library (and low precision converts all weights); two rows don't.
-_LEAST_ROWS = 2
 # The fewest tokens of a row that have a program of their own.
 _LEAST_CONTEXT, _LEAST_CHUNK = 256, 32
 
@@ -80,14 +78,14 @@ class Engine:
         self.settings, self.config, self.handle, self.family = settings or EngineConfig(), config, handle, family
         self.vocab_size, self.end_ids = vocab_size, frozenset(end_ids)
         self.programs = Programs(handle, family, config, vocab_size, end_ids)
-        size, rows = self.settings.page_size, max(self.settings.rows, _LEAST_ROWS)
+        size, rows = self.settings.page_size, self.settings.rows
         self.dtype = handle.merge(params).dtype
         whole = -(-config.context // size)
         affordable = self.settings.cache_bytes // cache.page_bytes(family, config, size, self.dtype)
         self.pool = PagePool(min(max(affordable, whole), rows * whole), size)
         self.scheduler = Scheduler(self.pool, self.settings.rows, self.settings.prefill_tokens)
         self.counts = collections.Counter()
-        self._row_ladder = _ladder(_LEAST_ROWS, rows, 4)
+        self._row_ladder = _ladder(1, rows, 2)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
         chunk = self.pool.pages_for(self.settings.prefill_tokens)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]

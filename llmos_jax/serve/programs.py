@@ -73,11 +73,9 @@ class Programs:
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         hidden_BLD, recent = model.decode(tokens_BL, positions_BL, blocks, past, read, longest_BL)
         pools = cache.write_pages(pools, recent, rows["pages"])
-        # Twice the same: a product with one row misses XLA:CPU's fast library.
-        last_B2 = jnp.repeat(rows["count"][:, None] - 1, 2, axis=1)
-        last_B2D = jnp.take_along_axis(hidden_BLD, last_B2[..., None], 1)
+        last_B1D = jnp.take_along_axis(hidden_BLD, rows["count"][:, None, None] - 1, 1)
         sampler = self._sampler(model, rows)
-        token_B, logprobs, _ = sampler.draw(self._logits(model, last_B2D)[:, 0], rows["index"], sampler.counts)
+        token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
         return jax.tree.map(lambda x: x[None], (token_B, logprobs)), pools
 
     def _decode(self, weights, pools, rows, steps):

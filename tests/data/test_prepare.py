@@ -16,6 +16,7 @@ import pytest
 import zstandard
 
 from llmos_jax.compute.host import process_start
+from llmos_jax.config import Override, parse, to_plain
 from llmos_jax.data import prepare as prepare_lib
 from llmos_jax.data.loader import Loader
 from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare
@@ -333,3 +334,17 @@ def test_the_standard_library_is_a_corpus(tmp_path):
     loader = Loader(prepared, "train", batch_size=4, seed=0)
     assert loader.rows(0, 0, 4)["tokens"].shape == (4, 64)
     assert pathlib.Path(prepared.stores[0][0].directory).parent == tmp_path / "cache"
+
+
+def test_a_curriculum_can_be_written_as_one_word():
+    sources = [{"path": "a"}, {"path": "b"}]
+    written = parse(DataConfig, {"sources": sources, "stages": Override("500:1:1, 700:0:2.5")})
+    groups = [{"from_step": 500, "weights": [1, 1]}, {"from_step": 700, "weights": [0, 2.5]}]
+    assert written == parse(DataConfig, {"sources": sources, "stages": groups}) == parse(DataConfig, to_plain(written))
+    for stages, words in (
+        (Override("500"), r"data.stages\[0\].weights=\[\] must have one number for each of 2"),
+        (Override("x:1:1"), r"stages\[0\].from_step"),
+        (3, "must be a list of groups"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            parse(DataConfig, {"sources": sources, "stages": stages})

@@ -119,11 +119,12 @@ def test_softcap_with_what_it_can_be_with(interpreted_splash):
     automatic = attend(query, key, value, softcap=1.5, placement=ON_GPU)
     np.testing.assert_array_equal(automatic, attend(query, key, value, softcap=1.5, implementation="blocked"))
     past, recent = ([x.transpose(2, 0, 1, 3)[:, :, rows] for x in (key, value)] for rows in (slice(0, 40), slice(40, None)))
+    early = past[0].swapaxes(2, 3), past[1]
     capped = jax.jit(functools.partial(attend_cached, softcap=1.5, window=9))
     cached = jnp.concatenate(
         [
             capped(query[:, :40], None, past, None, 0),
-            capped(query[:, 40:], past, recent, jnp.full(len(query), 40), 0),
+            capped(query[:, 40:], early, recent, jnp.full(len(query), 40), 0),
         ],
         1,
     )
@@ -300,7 +301,7 @@ def test_cached_is_the_definition(repeats, window, length):
     head_first = [np.asarray(x).transpose(2, 0, 1, 3) for x in (key, value)]
     past = [x[:, :, :32] * (np.arange(32) < past_B[:, None])[None, :, :, None] for x in head_first]
     recent = [np.stack([x[:, b, past_B[b] : past_B[b] + room] for b in range(3)], 1) for x in head_first]
-    new = query[:, :length]
+    new, past = query[:, :length], (past[0].swapaxes(2, 3), past[1])
     actual = jax.jit(functools.partial(attend_cached, window=window))(new, past, recent, past_B, start)
     for b in range(3):
         expected = naive_row(*(np.asarray(x[b]) for x in (new, key, value)), past_B[b] + start, window or 40)
@@ -314,6 +315,7 @@ def test_a_long_chunk_is_attended_to_in_pieces():
     actual = jax.jit(lambda *x: attend_cached(*x, None, 0))(query, None, recent)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     past, late = ([x[:, :, rows] for x in recent] for rows in (slice(0, 10), slice(10, None)))
+    past = past[0].swapaxes(2, 3), past[1]
     actual = jax.jit(attend_cached)(query[:, 10:], past, late, jnp.full(2, 10), 0)
     np.testing.assert_allclose(actual, expected[:, 10:], atol=1e-5)
 

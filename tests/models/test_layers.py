@@ -39,6 +39,18 @@ def test_matmul(x, weight, contracted, formula):
     compare_gradients(lambda x, w: layers.matmul(x, w, contracted), lambda x, w: jnp.einsum(formula, x, w), arrays(x, weight))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, 48, 49])
+def test_matmul_of_few_rows(rows, dtype):
+    x, weight = arrays((rows, 1, 4, 64), (4, 64, 2, 160))
+    actual = jax.jit(lambda x, w: layers.matmul(x, w, 2))(x.astype(dtype), weight)
+    expected = np.einsum("BLHK,HKTO->BLTO", *(np.float64(jnp.asarray(a, dtype)) for a in (x, weight)))
+    assert actual.dtype == dtype
+    np.testing.assert_allclose(
+        np.float64(actual), expected, rtol=0, atol=(1e-6 if dtype == "float32" else 1e-2) * abs(expected).max()
+    )
+
+
 def test_matmul_keeps_weight_gradients_in_float32():
     x, weight = arrays((4, 8), (8, 16))
     gradient = jax.grad(lambda w: layers.matmul(x.astype(jnp.bfloat16), w).astype(jnp.float32).sum())(weight)

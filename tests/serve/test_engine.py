@@ -207,7 +207,7 @@ def test_programs_are_warm_after_warm_up(made, expected):
     loop = [11, 12, 13, 14] * 8
     engine.generate([loop], dataclasses.replace(GREEDY, logit_bias={str(token): 1000.0 for token in loop[:1]}))
     assert engine.counts["accepted_tokens"] > accepted  # the biased row repeats itself, and its history says so
-    assert engine.programs.count == count == 2 * 2 + 2
+    assert engine.programs.count == count == 3 * 2 + 2  # decode and verify 1, 2 and 3 rows; two lengths of prefill
 
 
 def test_what_pages_held_before_never_matters(made, expected):

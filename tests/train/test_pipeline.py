@@ -38,16 +38,24 @@ def batches():
     ("mesh", "choices"),
     [
         (dict(pipeline=4, data=2), {}),
-        (dict(pipeline=2, data=4, pipeline_microbatches=1), {}),
+        pytest.param(dict(pipeline=2, data=4, pipeline_microbatches=1), {}, marks=pytest.mark.slow),
         (dict(pipeline=2, data=2, model=2, pipeline_microbatches=8, parameters="fsdp"), {}),
         (dict(pipeline=2, data=2, model=2, pipeline_repeats=2, pipeline_microbatches=4), dict(remat="full")),
-        (dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"), dict(microbatches=2)),
+        pytest.param(
+            dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"),
+            dict(microbatches=2),
+            marks=pytest.mark.slow,
+        ),
         (dict(pipeline=2, context=2, model=2, pipeline_microbatches=4), {}),
-        (dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}),
+        pytest.param(dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}, marks=pytest.mark.slow),
         (dict(pipeline=2, data=2, model=2, pipeline_schedule="gpipe", parameters="fsdp"), dict(remat="full", microbatches=2)),
         (dict(pipeline=2, data=4, pipeline_schedule="circular", pipeline_repeats=2), {}),
-        (dict(pipeline=2, data=1, context=2, model=2, pipeline_microbatches=4), {}),
-        (dict(pipeline=2, data=2, context=2, pipeline_schedule="gpipe", context_attention="all_gather"), dict(remat="full")),
+        pytest.param(dict(pipeline=2, data=1, context=2, model=2, pipeline_microbatches=4), {}, marks=pytest.mark.slow),
+        pytest.param(
+            dict(pipeline=2, data=2, context=2, pipeline_schedule="gpipe", context_attention="all_gather"),
+            dict(remat="full"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=str,
 )
@@ -72,6 +80,7 @@ def test_positions_of_a_microbatch_go_with_it():
     np.testing.assert_allclose(piped.run(batches), single.run(batches), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_is_that_of_accumulation():
     """1F1B gives microbatch m the key that accumulation on one device gives it."""
     model = dataclasses.replace(DEEP, dropout=0.2)

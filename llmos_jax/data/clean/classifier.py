@@ -137,6 +137,7 @@ class QualityClassifier(Filter):
     min_score: float = threshold(0.0, help="smallest score of documents that stay; 0: only score", at_least=0, at_most=1)
 
     def __post_init__(self):
+        super().__post_init__()
         if not pathlib.Path(self.path).expanduser().is_file():
             raise ConfigError(f"quality_classifier.path={self.path!r} is no file: write one with `classifier.train(...).save`.")
 

@@ -11,7 +11,7 @@ from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
 from llmos_jax.data.clean.words import words_of
 from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_documents
-from llmos_jax.errors import DataError
+from llmos_jax.errors import ConfigError, DataError
 
 
 @register
@@ -29,6 +29,13 @@ class Decontaminate(Filter):
     ngram: int = setting(13, help="words of an n-gram", at_least=1)
     min_words: int = setting(8, help="shortest evaluation text that is looked for", at_least=1)
     max_matches: int = threshold(0, help="how many places of a document may match", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.min_words > self.ngram:
+            raise ConfigError(
+                f"{self.name}.min_words={self.min_words} is more than ngram={self.ngram}: no text would be looked for."
+            )
 
     def inputs(self):
         """Returns hashes of the evaluation files."""

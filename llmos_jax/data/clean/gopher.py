@@ -9,6 +9,7 @@ from llmos_jax.data.clean.lines import lines_of
 from llmos_jax.data.clean.repeats import repeated, repetition
 from llmos_jax.data.clean.steps import Filter, register, threshold
 from llmos_jax.data.clean.words import hash_of, mixed, words_of
+from llmos_jax.errors import ConfigError
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
 
@@ -41,6 +42,13 @@ class GopherQuality(Filter):
     max_ellipsis_lines: float = threshold(0.3, help="largest share of lines that end with '...'", at_least=0, at_most=1)
     min_letter_words: float = threshold(0.8, help="smallest share of words that have a letter", at_least=0, at_most=1)
     min_stop_words: int = threshold(2, help="fewest different stop words", at_least=0)
+
+    def __post_init__(self):
+        super().__post_init__()
+        known = len(set(self.stop_words))
+        if self.min_stop_words > known:
+            most = f"is more than the {known} stop_words"
+            raise ConfigError(f"{self.name}.min_stop_words={self.min_stop_words} {most}: nothing would be kept.")
 
     def annotate(self, documents, findings=None):
         """Returns counts and ratios of each document; the names of attributes say which."""
@@ -99,6 +107,13 @@ class GopherRepetition(Filter):
     max_duplicate_ngrams: tuple[float, ...] = threshold(
         (0.15, 0.14, 0.13, 0.12, 0.11, 0.10), help="most characters in 5- to 10-grams that were there before", at_least=0
     )
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name, most in (("max_top_ngrams", 3), ("max_duplicate_ngrams", 6)):
+            given = len(getattr(self, name))
+            if given > most:
+                raise ConfigError(f"{self.name}.{name} has {given} numbers: {most} at most, one for each length.")
 
     def annotate(self, documents, findings=None):
         """Returns shares of repeated lines, paragraphs and n-grams."""

@@ -34,6 +34,7 @@ class Language(Filter):
     version = 2
 
     def __post_init__(self):
+        super().__post_init__()
         unknown = sorted(set(self.languages) - known_languages()) if self.languages else []
         if unknown:
             known = ", ".join(sorted(known_languages()))

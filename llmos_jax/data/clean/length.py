@@ -6,7 +6,6 @@ import numpy as np
 
 from llmos_jax.config import setting
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.errors import ConfigError
 
 
 @register
@@ -17,10 +16,6 @@ class Length(Filter):
     step: str = setting("length", help="step", choices=("length",))
     at_least: int = threshold(1, help="fewest characters", at_least=0)
     at_most: int = threshold(10_000_000, help="most characters", at_least=1)
-
-    def __post_init__(self):
-        if self.at_least > self.at_most:
-            raise ConfigError(f"length.at_least={self.at_least} is more than at_most={self.at_most}: nothing would be kept.")
 
     def annotate(self, documents, findings=None):
         """Returns the characters of each document."""

@@ -57,6 +57,7 @@ class Pii(Transform):
     version = 1
 
     def __post_init__(self):
+        super().__post_init__()
         if self.replacement == "pseudonym" and self.secret_file is None:
             raise ConfigError(
                 "pii.replacement=pseudonym needs pii.secret_file: a file of random bytes that you keep to yourself."

@@ -70,6 +70,15 @@ class Step:
     reads_texts: typing.ClassVar[bool] = True
     reads_attributes: typing.ClassVar[bool] = False
 
+    def __post_init__(self):
+        """Raises ConfigError when a smallest value is larger than its largest one: no document would stay."""
+        names = [field.name for field in dataclasses.fields(self)]
+        for low in names:
+            high = {"at_least": "at_most"}.get(low, low.replace("min_", "max_", 1))
+            if high != low and high in names and getattr(self, low) > getattr(self, high):
+                values = f"{low}={getattr(self, low):g} is more than {high}={getattr(self, high):g}"
+                raise ConfigError(f"{self.name}.{values}: nothing would be kept.")
+
     @property
     def name(self):
         """The label, or the step's name: it stands before attributes and reasons."""

@@ -1,6 +1,7 @@
 """Beam gives the records of the process pool. It needs an environment of its own (protobuf < 7): skipped elsewhere."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -45,6 +46,20 @@ def test_an_error_in_a_task_is_the_one_that_the_pool_gives(tmp_path):
         prepare_dataset(chosen, tmp_path / "out", log=quiet)
     (tmp_path / "in" / "bad.jsonl").unlink()
     prepare_dataset(chosen, tmp_path / "out", log=quiet)
+
+
+def test_beam_takes_the_options_of_the_readme():
+    """Every one is known to Beam, and its own checks of an environment for workers pass."""
+    options = pytest.importorskip("apache_beam.options.pipeline_options")
+    validator = pytest.importorskip("apache_beam.options.pipeline_options_validator")
+    readme = (pathlib.Path(__file__).parents[3] / "README.md").read_text()
+    lines = [line.partition("beam_options=")[2] for line in readme.splitlines() if "beam_options=" in line]
+    assert len(lines) == 3
+    for line in lines:
+        given = options.PipelineOptions(line.split(","))
+        known = given.get_all_options(drop_default=True)
+        assert set(known) == {part.partition("=")[0].removeprefix("--") for part in line.split(",")}
+        assert not given.view_as(options.PortableOptions).validate(validator.PipelineOptionsValidator(given, None))
 
 
 def test_without_beam_the_extra_is_named(tmp_path, monkeypatch):

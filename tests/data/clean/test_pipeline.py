@@ -360,6 +360,7 @@ def bad_inputs(folder):
     pyarrow.parquet.write_table(table, folder / "g.parquet")
     (folder / "g.parquet").write_bytes((folder / "g.parquet").read_bytes()[:-30])
     (folder / "h.jsonl").write_bytes(b'{"text": "\xff\xfe bad bytes"}\n' + good)
+    (folder / "i.txt").symlink_to(folder / "gone.txt")
     return folder
 
 
@@ -373,10 +374,11 @@ def test_bad_input_is_named_counted_and_capped(tmp_path):
         "a.jsonl, line 2 has int in 'text'", "a.jsonl, line 3 has no 'text'", "a.jsonl is damaged near line 4",
         "b.jsonl.gz is damaged near line", "c.txt is not UTF-8 (byte 3)", "d.txt is empty",
         "e.jsonl, line 2 is longer than 100000 bytes", "g.parquet is not a parquet file", "h.jsonl is damaged near line 1",
+        "i.txt can't be read: No such file",
     ):  # fmt: skip
         assert any(words in message for message in messages), words
-    assert version.manifest["bad"]["count"] == len(messages) == 9
-    assert any("9 files or records were bad" in line for line in lines)
+    assert version.manifest["bad"]["count"] == len(messages) == 10
+    assert any("10 files or records were bad" in line for line in lines)
     keys = {row["key"] for row in version.iterate()}
     assert {"in/a.jsonl:1", "in/a.jsonl:5", "in/e.jsonl:1", "in/e.jsonl:3", "in/f.csv:1", "in/h.jsonl:2"} <= keys
     assert sum(key.startswith("in/b.jsonl.gz:") for key in keys) > 1000 and any("documents before that" in m for m in messages)
@@ -384,7 +386,7 @@ def test_bad_input_is_named_counted_and_capped(tmp_path):
         prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "strict", log=quiet)
     with pytest.raises(DataError, match=r"max_corrupt=3; the first: .*a.jsonl, line 2"):
         prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "capped", log=quiet)
-    with pytest.raises(DataError, match=r"9 files or records are bad, more than max_corrupt=3"):  # all of it is in the cache
+    with pytest.raises(DataError, match=r"10 files or records are bad, more than max_corrupt=3"):  # all of it is in the cache
         prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "out", log=quiet)
     with pytest.raises(DataError, match="on_corrupt=skip"):
         prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "out", log=quiet)
@@ -427,6 +429,14 @@ def test_settings_that_cannot_work_are_named(tmp_path):
         ({"sources": []}, "sources is empty"),
         ({"steps": [{"step": "lenght"}]}, "did you mean 'length'"),
         ({"steps": [{"step": "length", "at_least": 9, "at_most": 3}]}, "at_least=9 is more than at_most=3"),
+        ({"steps": [{"step": "gopher_quality", "min_words": 90, "max_words": 50}]}, "min_words=90 is more than max_words=50"),
+        (
+            {"steps": [{"step": "gopher_quality", "label": "q", "min_mean_word_length": 11}]},
+            "q.min_mean_word_length=11 is more",
+        ),
+        ({"steps": [{"step": "gopher_quality", "stop_words": ["the"]}]}, "min_stop_words=2 is more than the 1 stop_words"),
+        ({"steps": [{"step": "gopher_repetition", "max_top_ngrams": [0.2] * 4}]}, "has 4 numbers: 3 at most"),
+        ({"steps": [{"step": "decontaminate", "paths": ["x"], "ngram": 5}]}, "min_words=8 is more than ngram=5"),
         ({"stepz": []}, "did you mean 'steps'"),
         ({"runner": "spark"}, "runner='spark'"),
     ):
