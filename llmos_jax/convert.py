@@ -28,8 +28,8 @@ def adopt(settings):
         return settings
     checkpoint = huggingface.read_checkpoint(source)
     kept = {name: getattr(settings.model, name) for name in EXECUTION if hasattr(settings.model, name)}
-    tokenizer = checkpoint.folder / TOKENIZER_FILE
-    data = dataclasses.replace(settings.data, tokenizer=str(tokenizer)) if tokenizer.is_file() else settings.data
+    tokenizer = tokens.tokenizer_file(checkpoint)
+    data = settings.data if tokenizer is None else dataclasses.replace(settings.data, tokenizer=str(tokenizer))
     return dataclasses.replace(settings, model=dataclasses.replace(checkpoint.config, **kept), data=data)
 
 
@@ -39,7 +39,7 @@ def warm_start(settings, artifacts, abstract):
     Raises DataIdentityMismatch when the run's tokenizer is not the checkpoint's, ConfigError when the model isn't.
     """
     checkpoint = huggingface.read_checkpoint(settings.train.init_from)
-    if (checkpoint.folder / TOKENIZER_FILE).is_file():
+    if tokens.tokenizer_file(checkpoint) is not None:
         tokens.check_tokenizer(checkpoint, artifacts.get(TOKENIZER_FILE))
     huggingface.check_model(checkpoint, settings.model)
     logging.info("start from %s (%s)", checkpoint.folder, checkpoint.architecture.name)

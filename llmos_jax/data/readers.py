@@ -5,8 +5,10 @@ its file is not. They raise DataError where a file can't be read any further.
 """
 
 import csv
+import functools
 import io
 import json
+import re
 import sys
 
 from llmos_jax.data.clean.dataset import read_verified
@@ -31,6 +33,8 @@ FORMATS = ("auto", "text", *dict.fromkeys(_ENDINGS.values()))
 # Longer fields of a record are content, not metadata.
 _METADATA_CHARACTERS = 2000
 _CHUNK = 1 << 20
+# Characters on either side of one that may be a sign of a wrong encoding: signs are shorter.
+_NEAR = 10
 
 
 def format_of(file, asked="auto"):
@@ -357,15 +361,38 @@ def _decoded(data, repair, where):
 
 def _repaired(text, metadata):
     """Returns text whose UTF-8 was once read as another encoding with its characters put right, and what was done."""
-    try:
-        from ftfy import fix_encoding
-        from ftfy.badness import is_bad
-    except ImportError:
-        raise missing_extra("ftfy", "repair of a source") from None
-    if not is_bad(text):
+    if not is_mojibake(text):
         return text, metadata
+    from ftfy import fix_encoding
+
     fixed = fix_encoding(text)
     return fixed, metadata | ({"repaired_from": "mojibake"} if fixed != text else {})
+
+
+def is_mojibake(text):
+    """Whether ftfy's heuristic finds signs of a wrong encoding; it is asked about the places alone where any may be."""
+    is_bad, marks = _mojibake()
+    start = stop = None
+    for mark in marks.finditer(text):
+        place = mark.start()
+        if start is not None and place > stop:
+            if is_bad(text[start:stop]):
+                return True
+            start = None
+        start = max(0, place - _NEAR) if start is None else start
+        stop = place + _NEAR
+    return start is not None and is_bad(text[start:stop])
+
+
+@functools.cache
+def _mojibake():
+    """Returns (ftfy's function, a pattern of the characters of which every sign has one)."""
+    try:
+        from ftfy.badness import MOJIBAKE_CATEGORIES, is_bad
+    except ImportError:
+        raise missing_extra("ftfy", "repair of a source") from None
+    rare = [characters for name, characters in MOJIBAKE_CATEGORIES.items() if "common" not in name]
+    return is_bad, re.compile(f"[{''.join(rare)}\u0402]")
 
 
 def _read_tfds(file, source, limit):

@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+from llmos_jax.data import spm
 from llmos_jax.data.decoding import BYTES, StreamDecoder, decode, digest, token_bytes
 from llmos_jax.data.pretrained import ENVELOPE, SETTINGS_FILE, PretrainedTokenizer, files_beside, read_model
 from llmos_jax.errors import ConfigError, DataError
@@ -187,7 +188,7 @@ def expected_vocab_size(spec):
 
 
 def make_tokenizer(spec, texts):
-    """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE", "unigram:SIZE" or a tokenizer.json.
+    """Returns the tokenizer of setting `data.tokenizer`: "byte", "bpe:SIZE", "unigram:SIZE", a tokenizer.json or .model.
 
     `texts` is only iterated when a tokenizer is trained: by the second and third.
     """
@@ -206,6 +207,8 @@ def make_tokenizer(spec, texts):
 def load_tokenizer(path):
     """Returns the tokenizer of a file; DataError names a file that is missing, damaged or of another kind."""
     path = pathlib.Path(path)
+    if path.suffix == ".model":
+        return PretrainedTokenizer(spm.to_files(path), path)
     try:
         content = path.read_text("utf-8")
         tree = json.loads(content)

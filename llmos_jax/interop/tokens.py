@@ -2,10 +2,17 @@
 
 import json
 
+from llmos_jax.data.spm import MODEL_NAME
 from llmos_jax.data.tokenizer import load_tokenizer
 from llmos_jax.errors import DataError, DataIdentityMismatch
 
 TOKENIZER_FILE = "tokenizer.json"
+
+
+def tokenizer_file(checkpoint):
+    """Returns the path of a Checkpoint's tokenizer.json, or of its SentencePiece model; None where it has neither."""
+    files = (checkpoint.folder / name for name in (TOKENIZER_FILE, MODEL_NAME))
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_tokenizer(checkpoint):
@@ -13,11 +20,9 @@ def read_tokenizer(checkpoint):
 
     Raises DataIdentityMismatch when it has more tokens than the model has embeddings.
     """
-    file = checkpoint.folder / TOKENIZER_FILE
-    if not file.is_file():
-        slow = checkpoint.folder / "tokenizer.model"
-        mend = f"; {slow.name} alone is not read: save it as a fast tokenizer with transformers" if slow.is_file() else ""
-        raise DataError(f"{checkpoint.folder} has no {TOKENIZER_FILE}{mend}.")
+    file = tokenizer_file(checkpoint)
+    if file is None:
+        raise DataError(f"{checkpoint.folder} has no {TOKENIZER_FILE} and no {MODEL_NAME}.")
     tokenizer = load_tokenizer(file)
     if tokenizer.vocab_size > checkpoint.config.vocab_size:
         raise DataIdentityMismatch(
@@ -33,5 +38,5 @@ def check_tokenizer(checkpoint, text):
     if text is None or json.loads(text) != own.to_json():
         raise DataIdentityMismatch(
             f"train.init_from={checkpoint.folder} has another tokenizer than this run's data: set data.tokenizer="
-            f"{checkpoint.folder / TOKENIZER_FILE}."
+            f"{tokenizer_file(checkpoint)}."
         )

@@ -12,8 +12,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import zstandard
+from ftfy.badness import is_bad
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmos_jax.data.files import list_path
+from llmos_jax.data.readers import is_mojibake
 from llmos_jax.data.sources import SourceConfig, list_files, read_records
 from llmos_jax.errors import ConfigError, DataError
 
@@ -149,6 +153,22 @@ def test_pages_of_a_web_archive(tmp_path):
     assert len(documents) >= 2 and len(bad) == 1 and "a.warc.gz is damaged after record" in bad[0]
     (tmp_path / "a.warc.gz").write_bytes(b"nothing of an archive")
     assert "a.warc.gz" in read(tmp_path / "a.warc.gz")[1][0]
+
+
+ENCODINGS = ("latin-1", "cp1252", "macroman", "cp1251", "iso8859-2", "cp437", "cp1253", "cp1257")
+PROSE = (
+    "L’été, « l’œuvre » 10 € … Größe ≥ 5 µm — Привет, Київ! ΑΒΓ ώρα 你好，世界。 “Zażółć” § 2² ½ × ° ± naïve Ångström ☃ "
+    "a b c . Â ° ‚ Ä € в Ђ Г ў œ \x9d"
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(PROSE.split(" ")), max_size=30), st.sampled_from(ENCODINGS), st.integers(0, 60))
+def test_signs_of_a_wrong_encoding_are_those_that_ftfy_finds(words, encoding, place):
+    text = " ".join(words)
+    text = text[:place] + text[place:].encode().decode(encoding, "replace")
+    for one in (text, f"{'plain text ' * 3}{text}{' more of it' * 3}{text[:9]}", "".join(words)):
+        assert is_mojibake(one) == is_bad(one)
 
 
 def test_encodings_are_repaired_only_when_asked(tmp_path):

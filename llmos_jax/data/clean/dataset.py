@@ -5,6 +5,7 @@
                       removed-*.parquet     the same for removed documents, with step and reason
                       cut-*.parquet         what transforms cut out of texts
                       inputs.parquet        every file that was read, with its hash
+                      *index-*.npy          where the keys of documents stand
     DIR/cache/                          results of tasks, shared by the versions
 
 A version's files are hard links into the cache where the file system has them. Versions are numbered; the last one counts.
@@ -21,7 +22,7 @@ import numpy as np
 
 from llmos_jax.config import differences, fingerprint, library_versions, to_plain
 from llmos_jax.data.clean.objects import Objects
-from llmos_jax.data.clean.output import KINDS
+from llmos_jax.data.clean.output import INDEXES, KINDS, rows_of_key
 from llmos_jax.data.files import missing_extra
 from llmos_jax.errors import ConfigError, DataError
 
@@ -80,12 +81,13 @@ def read_verified(path, sha256, columns=None):
 def write_version(directory, config, inputs, funnel, outputs):
     """Makes a version of what came out of all shards, or returns the newest one when it is the same."""
     objects = Objects(directory / "cache")
-    files = {kind: [] for kind in KINDS}
+    files = {kind: [] for kind in (*KINDS, *INDEXES.values())}
     for output in outputs:
-        for kind in KINDS:
+        for kind in files:
             if output[kind]:
                 entry = {k: v for k, v in output[kind].items() if k != "name"}
-                entry |= {"name": f"{kind}-{len(files[kind]):05d}.parquet", "source": output["source"]}
+                ending = "parquet" if kind in KINDS else "npy"
+                entry |= {"name": f"{kind}-{len(files[kind]):05d}.{ending}", "source": output["source"]}
                 files[kind].append((output[kind]["name"], entry | _file_facts(objects.path(output[kind]["name"]))))
     settings = {key: value for key, value in to_plain(config).items() if key not in _WORKINGS}
     rows = list(zip(*inputs["files"], strict=True))
@@ -226,13 +228,14 @@ def format_place(found):
 def lookup(version, *, key=None, text=None, most=10):
     """Yields dicts that say where a document, or a piece of text, came from: key, source, file with its hash, fate.
 
-    key: a document's key. text: any piece of text; all documents that hold it, kept or removed, are found by reading them.
+    key: a document's key, which the version's index knows. text: any piece of text; all documents that hold it, kept or
+    removed, are found by reading them.
     """
     files = _input_files(version)
     found = 0
     for kind in ("documents", "removed"):
         columns = ["key", "source", "text", "metadata"] + (["step", "reason"] if kind == "removed" else [])
-        for file in version.manifest["files"][kind]:
+        for file in _files_with(version, kind, key):
             for record in _matches(version, file, columns, key, text):
                 place = f"{version.directory / file['name']}, row {record.pop('row')}"
                 yield record | {"kept": kind == "documents", "in": place, "file": files[_file_key(record["key"], files)]}
@@ -245,6 +248,21 @@ def _by_name(settings):
     """Returns settings whose lists of groups are told apart by name, not by place."""
     steps = {step["label"] or step["step"]: step for step in settings["steps"]}
     return settings | {"steps": steps, "sources": {source["path"]: source for source in settings["sources"]}}
+
+
+def _files_with(version, kind, key):
+    """Returns the files of a kind that may hold a key; all of them when none is asked for, or where no index is."""
+    files, indexes = version.manifest["files"][kind], version.manifest["files"].get(INDEXES[kind])
+    if key is None or indexes is None:
+        return files
+    found = []
+    for file, index in zip(files, indexes, strict=True):
+        path = version.directory / index["name"]
+        if not path.is_file() or _file_facts(path)["sha256"] != index["sha256"]:
+            raise DataError(f"{path} is not what its manifest says: it was cut, changed or damaged; prepare the dataset again.")
+        if rows_of_key(path, key):
+            found.append(file)
+    return found
 
 
 def _matches(version, file, columns, key, text):

@@ -1,5 +1,7 @@
 """What comes out of a shard: its clean documents, the removed ones with their reasons, and what was cut out of texts."""
 
+import bisect
+import hashlib
 import json
 
 import numpy as np
@@ -10,13 +12,17 @@ from llmos_jax.data.clean.steps import parse_steps
 # What steps note for the runner's own use.
 _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
+# Beside a file of documents: where each key stands, so that one is found without reading all files.
+INDEXES = {"documents": "index", "removed": "removed-index"}
+VERSION = 2
+_PLACE = np.dtype([("hash", np.uint64), ("row", np.uint32)])
 
 
 def write_shard(objects, key, shard, source, layers, state, attributes, guards):
     """Writes the clean documents, the removed ones and the cuts of a shard.
 
     attributes: [[step, name of its arrays]]. guards: settings of the steps that `protect` all that is written.
-    Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}.
+    Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}; indexes are kinds, too.
     """
     documents = objects.read_documents(shard)
     reasons = objects.read_arrays(state)["reasons"] if state else np.full(len(documents), "")
@@ -36,6 +42,14 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
         objects.write_table(name, columns, SMALL)
         result[kind] = {"name": name, "documents": len(columns["key"]), "utf8_bytes": int(np.sum(utf8_bytes))}
         names.append(name)
+        if kind in INDEXES:
+            places = np.empty(len(columns["key"]), _PLACE)
+            places["hash"], places["row"] = [hash_of_key(one) for one in columns["key"]], np.arange(len(places))
+            places.sort(order=("hash", "row"))
+            name = f"output/{key}-{kind}-index.npy"
+            objects.write_records(name, places)
+            result[INDEXES[kind]] = {"name": name}
+            names.append(name)
 
     if is_here.any():
         kept = documents.select(is_here)
@@ -55,7 +69,20 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
         write("removed", columns, gone.utf8_bytes)
     if cuts["key"]:
         write("cut", cuts, [len(text.encode()) for text in cuts["removed"]])
-    return {kind: result.get(kind) for kind in KINDS} | {"objects": names}
+    return {kind: result.get(kind) for kind in (*KINDS, *INDEXES.values())} | {"objects": names}
+
+
+def hash_of_key(key):
+    """Returns the hash that an index holds for a document's key, an unsigned number of 64 bits."""
+    return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def rows_of_key(index, key):
+    """Returns the rows that an index file names for a key: some of them, rarely, of other keys. Few of its bytes are read."""
+    places, wanted = np.load(index, mmap_mode="r"), hash_of_key(key)
+    first = bisect.bisect_left(range(len(places)), wanted, key=lambda place: int(places["hash"][place]))
+    last = bisect.bisect_right(range(len(places)), wanted, lo=first, key=lambda place: int(places["hash"][place]))
+    return places["row"][first:last].tolist()
 
 
 def _protect(protect, documents, is_removed, cuts):

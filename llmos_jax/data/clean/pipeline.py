@@ -14,7 +14,7 @@ import time
 
 from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting, to_plain
-from llmos_jax.data.clean import exchange
+from llmos_jax.data.clean import exchange, output
 from llmos_jax.data.clean.augment import AugmentConfig
 from llmos_jax.data.clean.dataset import write_version
 from llmos_jax.data.clean.objects import Objects, Task
@@ -180,7 +180,7 @@ class _Plan:
                 "attributes": self.attributes[number],
                 "guards": to_plain([step for step in steps if getattr(step, "protect", None)]),
             }
-            key = fingerprint([arguments, [step.fingerprint for step in steps]])
+            key = fingerprint([arguments, [step.fingerprint for step in steps], output.VERSION])
             tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
         results = self.runner.run(tasks, "writing")
         return [result | {"source": task.arguments["source"]} for result, task in zip(results, tasks, strict=True)]

@@ -521,6 +521,30 @@ def test_where_a_text_came_from(tmp_path):
     assert not list(lookup(version, text="nowhere to be found"))
 
 
+def test_a_key_is_found_without_reading_all_files(tmp_path, monkeypatch):
+    version = prepare_dataset(config(corpus(tmp_path / "in")), tmp_path / "out", log=quiet)
+    files = version.manifest["files"]
+    assert len(files["index"]) == len(files["documents"]) > 4 and len(files["removed-index"]) == len(files["removed"])
+    read, real = [], type(version).read
+    monkeypatch.setattr(type(version), "read", lambda self, file, *more: read.append(file["name"]) or real(self, file, *more))
+    for kind in ("documents", "removed"):
+        for row in list(version.iterate(kind)):
+            read.clear()
+            (found,) = lookup(version, key=row["key"])
+            assert found["kept"] == (kind == "documents") and found["text"] == row["text"]
+            assert len([name for name in read if name != "inputs.parquet"]) == 1
+    read.clear()
+    assert not list(lookup(version, key="books/nothing:1")) and read == ["inputs.parquet"]
+    index = version.directory / files["index"][0]["name"]
+    content_of_index = bytearray(index.read_bytes())
+    content_of_index[-3] ^= 1
+    index.unlink()
+    index.write_bytes(content_of_index)
+    assert any("index-00000.npy" in line for line in verify(version))
+    with pytest.raises(DataError, match="index-00000.npy is not what its manifest says"):
+        list(lookup(version, key="books/nothing:1"))
+
+
 def test_parse_round_trip():
     settings = parse(PrepareConfig, {"steps": STEPS})
     assert parse(PrepareConfig, json.loads(json.dumps(to_plain(settings)))) == settings
