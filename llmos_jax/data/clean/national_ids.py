@@ -97,7 +97,7 @@ KINDS = tuple(sorted({rule.kind for rule in _ANYWHERE + _NAMED}))
 _BEFORE, _AFTER = 60, 25
 # Numbers without six digits in a row; they start with five capitals, and a digit follows.
 _FEW_DIGITS = ("it_codice_fiscale", "in_pan")
-_CAPITALS = re.compile(r"[A-Z](?<!\w.)[A-Z]{4}(?=[0-9]{4}[A-Z]|[A-Z][0-9L-V]{2}[A-Z])", re.ASCII)
+_FIVE_CAPITALS = re.compile(r"[A-Z]{5}(?=[0-9]{4}[A-Z]|[A-Z][0-9L-V]{2}[A-Z])", re.ASCII)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -119,8 +119,9 @@ class NationalIds:
     def find(self, view):
         """Yields (start, end, kind) for a `pii_patterns.View`."""
         text = view.text
-        for start in _CAPITALS.finditer(text):
-            yield from self._of_few_digits.find(text, start.start(), start.start() + 16)
+        for start in view.capitals:
+            if _FIVE_CAPITALS.match(text, start):
+                yield from self._of_few_digits.find(text, start, start + 16)
         for start, end in view.runs:
             yield from self._of_digits.find(text, start, end)
             yield from self._of_letters.find(text, max(0, start - 5), min(len(text), end + 10))

@@ -4,6 +4,7 @@ Every pattern has bounded repetitions and is only asked where a cheap scan found
 time is linear in the text, whatever it holds.
 """
 
+import functools
 import ipaddress
 import re
 
@@ -14,14 +15,23 @@ from llmos_jax.errors import ConfigError
 _RUN = re.compile(r"[0-9](?:[ .\-/()\u00a0\u2010\u2011\u2013]{0,3}+[0-9]){5,}+")
 
 
+# Words that begin as IBANs and ids do: two capitals and two digits, or five capitals.
+_CAPITALS = re.compile(r"[A-Z](?<!\w.)[A-Z](?:[0-9]{2}|[A-Z]{3})", re.ASCII)
+
+
 class View:
-    """A text with what several detectors ask for: in lower case, and the (start, end) of its runs of six digits and more."""
+    """A text with what several detectors ask for: in lower case, and the (start, end) of runs of six digits and more."""
 
     def __init__(self, text):
         self.text, self.lowered = text, text.lower()
         if len(self.lowered) != len(text):  # a few letters become two
             self.lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
         self.runs = [match.span() for match in _RUN.finditer(text)]
+
+    @functools.cached_property
+    def capitals(self):
+        """Where words start that begin with two capitals and two digits, or with five capitals."""
+        return [match.start() for match in _CAPITALS.finditer(self.text)]
 
 
 # ---- e-mail
@@ -113,6 +123,8 @@ class Email:
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 _DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.", re.ASCII)
 _IPV4 = re.compile(rf"(?<![\w.+-])(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}(?![\w-]|\.\d)", re.ASCII)
+# The first colon of what may be one, and what it may be.
+_FIRST_COLON = re.compile(r":(?<=[23fF][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]")
 _IPV6 = re.compile(r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?![\w:]|\.\d)", re.ASCII)
 # Elsewhere hexadecimal words before "::" (Add::, Face::b) would be addresses.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
@@ -141,8 +153,11 @@ class IpAddress:
             match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 5)
             if match and match.start() < dots.start() and self._is_meant(match[0]) and not _is_version(text, match):
                 yield match.start(), match.end(), "ip"
-        if ":" in text:
-            for match in _IPV6.finditer(text):
+        done = 0
+        for colon in _FIRST_COLON.finditer(text):
+            match = _IPV6.match(text, colon.start() - 4) if colon.start() - 4 >= done else None
+            if match:
+                done = match.end()
                 before = text[match.start() - 1] if match.start() else " "
                 if not (before.isalnum() or before in "_:.") and self._is_meant(match[0]):
                     yield match.start(), match.end(), "ip"
@@ -211,7 +226,12 @@ class Iban:
 
     def find(self, view):
         """Yields (start, end, "iban")."""
-        for match in _IBAN.finditer(view.text):
+        done = 0
+        for place in view.capitals:
+            match = _IBAN.match(view.text, place) if place >= done else None
+            if not match:
+                continue
+            done = match.end()
             # In running text a word in capitals may follow: try shorter ones, group by group.
             end = match.end()
             while end - match.start() >= 15:
@@ -319,8 +339,8 @@ _STREETS = (
     "Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Square|Sq|Terrace|Ter|Way|Parkway|Pkwy"
     "|Highway|Hwy|Circle|Cir|Trail|Trl|Crescent|Close|Alley|Plaza|Row|Mews|Gardens|Grove|Hill|Ridge|Walk|Heights|Turnpike|Expressway|Freeway"
 )
-_ENGLISH = re.compile(
-    rf"[0-9](?<![\w.,/-].)[0-9]{{0,4}}[A-Za-z]? (?=[A-Zdlot])(?:{_NAME}){{1,4}}(?:{_STREETS})\b\.?"
+_ENGLISH = (
+    rf"[0-9]{{0,4}}[A-Za-z]? (?=[A-Zdlot])(?:{_NAME}){{1,4}}(?:{_STREETS})\b\.?"
     r"(?:,? (?:Apt|Suite|Ste|Unit|Flat|#)\.? ?\w{1,6})?"
 )
 # Looked for backwards from a house number: " 12" behind one of these.
@@ -331,11 +351,12 @@ _GERMANIC_ENDS = (
 )  # fmt: skip
 _HOUSE_NUMBER = re.compile(r" (?<=[a-zß.] )\d{1,4}(?:[/-]\d{1,3})?(?: ?[a-z]\b)?(?![\w])")
 _GERMANIC = re.compile(r"(?:[A-ZÄÖÜ][\w-]{0,30}[ -]){0,2}[A-ZÄÖÜ][\w-]{2,40}\.?\Z")
-_FRENCH = re.compile(
-    r"[0-9](?<![\w.,/-].)[0-9]{0,3}(?: ?(?:bis|ter))?,? "
+_FRENCH = (
+    r"[0-9]{0,3}(?: ?(?:bis|ter))?,? "
     r"(?:[Rr]ue|[Aa]venue|[Bb]oulevard|[Cc]hemin|[Pp]lace|[Aa]llée|[Qq]uai) "
     r"(?:(?:[A-ZÀ-Ý][\w'’.-]{0,24}|du|de|des|la|le|les|et|au|aux) ){0,5}(?:[dl]['’])?[A-ZÀ-Ý][\w'’-]{1,24}"
 )
+_NUMBERED = re.compile(rf"[0-9](?<![\w.,/-].)(?:{_ENGLISH}|{_FRENCH})")
 _ROMANCE = re.compile(
     r"[CAPVRTLS](?:alle|/|venida|v\.|aseo|laza|amino|onda|lameda|ia|iale|iazza|icolo|trada|orso|ua|ravessa|argo|raça) "
     r"(?=[A-ZÀ-Ýdl])(?:(?:[A-ZÀ-Ý][\w'’.-]{0,24}|de|del|della|delle|dei|dos|da|do|la|las|los|el|d') ){0,5}"
@@ -350,9 +371,8 @@ class StreetAddress:
     def find(self, view):
         """Yields (start, end, "address")."""
         text = view.text
-        for pattern in (_ENGLISH, _FRENCH):
-            for match in pattern.finditer(text):
-                yield match.start(), match.end(), "address"
+        for match in _NUMBERED.finditer(text):
+            yield match.start(), match.end(), "address"
         for number in _HOUSE_NUMBER.finditer(text):
             place = number.start()
             if text.endswith(_GERMANIC_ENDS, max(0, place - 8), place):
