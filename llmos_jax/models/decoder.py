@@ -142,7 +142,7 @@ class Attention(nnx.Module):
         return rotate(query, rotation), rotate(key, rotation), value
 
     def cached(self, cache, query_BLHK, key_BLGK, value_BLGK, read, kind):
-        """Returns (attention of new tokens to a cache and to each other, cache), before `output` (see `Decoder.decode`)."""
+        """Returns (attention of new tokens to a cache and to each other, what is kept of them), before `output`."""
         return read(cache, query_BLHK, key_BLGK, value_BLGK, window=self.windows[kind], scale=self.scale, softcap=self.softcap)
 
 
@@ -176,17 +176,19 @@ class Block(nnx.Module):
         return residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, key))
 
     def decode(self, x_BLD, cache, read, rotations, kind=0):
-        """Returns (x, cache) for L new tokens of every row, whose layer's `cache` is what `read` reads and extends.
+        """Returns (x, written) for L new tokens of every row, whose layer's `cache` is what `read` reads.
 
-        Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token that
-        is generated can't know.
+        `read(cache, query [B, L, H, K], key, value [B, L, G, K], window=, scale=, softcap=)` returns (attention [B, L, H, K] of
+        the new tokens to all that they see, what has to be kept of them): so a block need not know how keys and values are
+        stored. Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token
+        that is generated can't know.
         """
         projected = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
-        mixed, cache = self.attention.cached(cache, *projected, read, kind)
+        mixed, written = self.attention.cached(cache, *projected, read, kind)
         x_BLD = self._add(x_BLD, self.attention.output(mixed), self.attention_post_norm, None)
         h_BLD = self.mlp_norm(x_BLD)
         mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self.transform(h_BLD)
-        return self._add_mlp(x_BLD, mixed), cache
+        return self._add_mlp(x_BLD, mixed), written
 
 
 class Decoder(nnx.Module):
@@ -284,18 +286,13 @@ class Decoder(nnx.Module):
         logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
         return head.capped(logits_BLV, self.logits_softcap)
 
-    def decode(self, tokens_BL, positions_BL, blocks, cache, read, longest_BL=None):
-        """Returns (hidden [B, L, D], cache): L new tokens of every row, at these positions.
+    def decode(self, tokens_BL, positions_BL, layers, longest_BL=None):
+        """Returns (hidden [B, L, D], written): L new tokens of every row, at these positions.
 
-        `blocks`: `stack.bind(layers)`. `cache`: one entry a layer. `read(entry, query [B, L, H, K], key, value [B, L, G, K],
-        window=, scale=, softcap=)` returns (attention [B, L, H, K] of the new tokens to all that they see, the entry with
-        them): so the model need not know how keys and values are stored. longest_BL: see `rope.rotation`.
+        `layers(x, rotations)` returns (x after all layers, what these wrote), by the blocks' `decode`: so the model need not
+        know where its layers lie (`serve/stages.py`). longest_BL: see `rope.rotation`.
         """
-        x_BLD, rotations = self.embed(tokens_BL, positions_BL), self.rotations(positions_BL, longest_BL)
-        written, kinds = [], self.config.kinds or (0,) * len(blocks)
-        for block, entry, kind in zip(blocks, cache, kinds, strict=True):
-            x_BLD, entry = block.decode(x_BLD, entry, read, rotations, kind)
-            written.append(entry)
+        x_BLD, written = layers(self.embed(tokens_BL, positions_BL), self.rotations(positions_BL, longest_BL))
         return self.norm(x_BLD), written
 
 

@@ -90,10 +90,9 @@ class Stack(nnx.Module):
         return (self.kinds[index] if isinstance(index, int) else jnp.asarray(self.kinds, jnp.int32)[index],)
 
     def bind(self, layers):
-        """Returns the blocks in order as modules with the parameters of `layers` (see `unstack`): how a model is served."""
+        """Returns blocks as modules, one with each of the parameters in `layers` (see `unstack`): how a model is served."""
         graphdef = nnx.graphdef(self.blocks)
-        stored_at = {layer: position for position, layer in enumerate(self.order)}
-        return [nnx.merge(graphdef, layers[stored_at[layer]]) for layer in range(self.count)]
+        return [nnx.merge(graphdef, layer) for layer in layers]
 
 
 def find_stack(model):

@@ -12,20 +12,20 @@ from jax import lax
 from llmos_jax.models.attention import attend, attend_cached
 
 
-def init_pools(family, config, pages, page_size, dtype, placement):
+def init_pools(family, config, pages, page_size, dtype, stages):
     """Returns zeroed pools: a (key, value) pair a layer, [G, pages + 1, page_size, K] each, heads laid over the model axis.
 
-    Page 0 takes what is written for nobody.
+    `stages` (a `stages.Stages`) says where layers lie. Page 0 takes what is written for nobody.
     """
-    (rows, groups, length, size), layers = family.cache_shapes(config, pages + 1, page_size)
-    shape, sharding = (groups, rows, length, size), pool_sharding(placement)
-    make = jax.jit(lambda: [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(layers)], out_shardings=sharding)
-    return make()
+    (rows, groups, length, size), _ = family.cache_shapes(config, pages + 1, page_size)
+    shape, sharding = stages.shape(groups, rows, length, size), pool_sharding(stages)
+    make = lambda: [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stages.layers)]  # noqa: E731
+    return jax.jit(make, out_shardings=sharding)()
 
 
-def pool_sharding(placement):
+def pool_sharding(stages):
     """Returns how every pool is laid out."""
-    return placement.sharding("heads", None, None, None)
+    return stages.sharding("heads", None, None, None)
 
 
 def page_bytes(family, config, page_size, dtype):
@@ -77,7 +77,7 @@ def write_pages(pools, recent, pages_BP):
 
 
 def read_step(past_B, step):
-    """Returns the `read` of `Decoder.decode` whose entries are (past, recent): new tokens become recent ones from `step` on."""
+    """Returns the `read` of `Block.decode` for entries (past, recent), which writes new tokens into recent from `step` on."""
 
     def read(entry, query_BLHK, key_BLGK, value_BLGK, **mask):
         past, recent = entry
@@ -85,13 +85,13 @@ def read_step(past_B, step):
         recent = tuple(
             lax.dynamic_update_slice(old, x.astype(old.dtype), (0, 0, step, 0)) for old, x in zip(recent, new, strict=True)
         )
-        return attend_cached(query_BLHK, past, recent, past_B, step, **mask), (past, recent)
+        return attend_cached(query_BLHK, past, recent, past_B, step, **mask), recent
 
     return read
 
 
 def read_chunk(past_B, dtype, placement):
-    """Returns the `read` of `Decoder.decode` whose entries are pasts (None: there is none) and become recent tokens, all new.
+    """Returns the `read` of `Block.decode` for entries that are pasts (None: there is none), which keeps all new tokens.
 
     Without a past it is the attention of training, with its kernels, where rows are whole.
     """

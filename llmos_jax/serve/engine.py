@@ -97,8 +97,8 @@ class Engine:
         if len(self.scheduler):
             raise ConfigError(f"{len(self.scheduler)} requests still run: weights change between requests only.")
         self.release()
-        self._weights = (params, self.programs.unstack(params["stack"]["blocks"]))
-        given = self.family, self.config, self.pool.pages, self.settings.page_size, self.dtype, self.handle.placement
+        self._weights = (params, self.programs.split(params["stack"]["blocks"]))
+        given = self.family, self.config, self.pool.pages, self.settings.page_size, self.dtype, self.programs.stages
         self._pools = cache.init_pools(*given)
 
     def release(self):

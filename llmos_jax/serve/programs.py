@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from llmos_jax.models.stack import unstack
 from llmos_jax.serve import cache
 from llmos_jax.serve.sample import Sampler, sampling_arrays
+from llmos_jax.serve.stages import Stages
 
 
 class Programs:
@@ -21,7 +21,9 @@ class Programs:
     def __init__(self, handle, family, config, vocab_size, end_ids):
         self.handle, self.family, self.config, self.placement = handle, family, config, handle.placement
         self.vocab_size, self.end_ids = vocab_size, np.array(sorted(end_ids), np.int32)
-        self.unstack = jax.jit(functools.partial(unstack, count=config.layers))
+        self.stages = Stages(handle.placement, config)
+        shardings = self.stages.split_shardings(handle.shardings["stack"]["blocks"])
+        self.split = jax.jit(self.stages.split, out_shardings=shardings)
         self._compiled = {}
 
     @property
@@ -42,13 +44,15 @@ class Programs:
         whole = self.placement.sharding()
         shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in rows.items()}
         # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
-        outputs = (whole, cache.pool_sharding(self.placement))
+        outputs = (whole, cache.pool_sharding(self.stages))
         return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, pools, shapes).compile()
 
-    def _bound(self, weights):
-        params, layers = weights
-        model = self.handle.merge(params)
-        return model, model.stack.bind(layers)
+    def _gather(self, pools, rows):
+        return self.stages.each(cache.gather, (0, None, None))(pools, rows["table"], rows["past"])
+
+    def _write(self, pools, recent, rows, count_B):
+        write = self.stages.each(cache.write_tokens, (0, 0, None, None, None))
+        return write(pools, recent, rows["table"], rows["past"], count_B)
 
     def _sampler(self, model, rows):
         padded = model.head_weight.shape[0]
@@ -66,13 +70,13 @@ class Programs:
 
     def _prefill(self, weights, pools, rows, has_past):
         """Computes a chunk of tokens of each row, and draws what follows its last one."""
-        model, blocks = self._bound(weights)
-        tokens_BL = rows["tokens"]
-        past = cache.gather(pools, rows["table"], rows["past"]) if has_past else [None] * len(pools)
+        model, tokens_BL = self.handle.merge(weights[0]), rows["tokens"]
+        past = self._gather(pools, rows) if has_past else [None] * len(pools)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
-        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, blocks, past, read, longest_BL)
-        pools = cache.write_pages(pools, recent, rows["pages"])
+        layers = self.stages.run(model.stack, weights[1], past, read)
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, layers, longest_BL)
+        pools = self.stages.each(cache.write_pages, (0, 0, None))(pools, recent, rows["pages"])
         last_B1D = jnp.take_along_axis(hidden_BLD, rows["count"][:, None, None] - 1, 1)
         sampler = self._sampler(model, rows)
         token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
@@ -80,38 +84,38 @@ class Programs:
 
     def _decode(self, weights, pools, rows, steps):
         """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
-        model, blocks = self._bound(weights)
-        past = cache.gather(pools, rows["table"], rows["past"])
+        model, past = self.handle.merge(weights[0]), self._gather(pools, rows)
         sampler, ends_E = self._sampler(model, rows), jnp.asarray(self.end_ids)
 
         def advance(state):
             step, token_B, is_active_B, recent, counts, drawn = state
             positions_B1, longest_B1 = self._positions(rows, step, 1)
             entries, read = list(zip(past, recent, strict=True)), cache.read_step(rows["past"], step)
-            hidden_B1D, entries = model.decode(token_B[:, None], positions_B1, blocks, entries, read, longest_B1)
+            layers = self.stages.run(model.stack, weights[1], entries, read)
+            hidden_B1D, recent = model.decode(token_B[:, None], positions_B1, layers, longest_B1)
             logits_BV = self._logits(model, hidden_B1D)[:, 0]
             token_B, logprobs, counts = sampler.draw(logits_BV, rows["index"] + step, counts)
             drawn = jax.tree.map(lambda old, new: old.at[step].set(new), drawn, (token_B, logprobs))
             is_active_B &= (step + 1 < rows["room"]) & ~(token_B[:, None] == ends_E).any(-1)
-            return step + 1, token_B, is_active_B, [recent for _, recent in entries], counts, drawn
+            return step + 1, token_B, is_active_B, recent, counts, drawn
 
-        recent, token_B = cache.init_recent(pools, rows["past"].shape[0], steps), rows["tokens"][:, 0]
+        room = functools.partial(cache.init_recent, rows=rows["past"].shape[0], length=steps)
+        recent, token_B = self.stages.each(room, (0,))(pools), rows["tokens"][:, 0]
         drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
         drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
         state = (jnp.int32(0), token_B, rows["room"] > 0, recent, sampler.counts, drawn)
         state = lax.while_loop(lambda state: (state[0] < steps) & state[2].any(), advance, state)
         step, _, _, recent, _, drawn = state
         count_B = jnp.where(rows["room"] > 0, step, 0)
-        return drawn, cache.write_tokens(pools, recent, rows["table"], rows["past"], count_B)
+        return drawn, self._write(pools, recent, rows, count_B)
 
     def _verify(self, weights, pools, rows):
         """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""
-        model, blocks = self._bound(weights)
-        tokens_BL = rows["tokens"]
-        past = cache.gather(pools, rows["table"], rows["past"])
+        model, tokens_BL, past = self.handle.merge(weights[0]), rows["tokens"], self._gather(pools, rows)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
-        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, blocks, past, read, longest_BL)
+        layers = self.stages.run(model.stack, weights[1], past, read)
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, layers, longest_BL)
         logits_BLV, sampler = self._logits(model, hidden_BLD), self._sampler(model, rows)
 
         def draw(counts, of_step):
@@ -121,7 +125,7 @@ class Programs:
 
         steps_L, drafts_LB = jnp.arange(tokens_BL.shape[1]), jnp.roll(tokens_BL, -1, axis=1).T
         _, drawn = lax.scan(draw, sampler.counts, (steps_L, logits_BLV.swapaxes(0, 1), drafts_LB))
-        return drawn, cache.write_tokens(pools, recent, rows["table"], rows["past"], rows["count"])
+        return drawn, self._write(pools, recent, rows, rows["count"])
 
 
 def row_arrays(requests, size, length, pages, history):

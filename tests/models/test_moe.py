@@ -18,6 +18,7 @@ from llmos_jax.models import gpt, moe
 from llmos_jax.models.grouped_matmul import Product, grouped_matmul
 from llmos_jax.models.stack import unstack
 from llmos_jax.serve.cache import read_step
+from llmos_jax.serve.stages import Stages
 from llmos_jax.train.state import describe_model
 
 BATCH, LENGTH, WIDTH, HIDDEN, EXPERTS = 3, 7, 8, 12, 6
@@ -298,16 +299,16 @@ def test_decoding_is_dropless_whatever_training_was():
     params = jax.tree.map(lambda p: 5 * p, jax.jit(handle.init)(jax.random.key(0)))
     tokens = jax.random.randint(jax.random.key(1), (2, 12), 0, 96)
     positions, model = jnp.tile(jnp.arange(12), (2, 1)), handle.merge(params)
-    blocks = model.stack.bind(unstack(params["stack"]["blocks"], SPARSE.layers))
+    stages, layers = Stages(placement, SPARSE), unstack(params["stack"]["blocks"], SPARSE.layers)
 
     @jax.jit
     def step(tokens, cache, start):
         at = start + jnp.tile(jnp.arange(tokens.shape[1]), (2, 1))
-        hidden, cache = model.decode(tokens, at, blocks, cache, read_step(None, start))
-        return hidden, cache
+        entries = [(None, recent) for recent in cache]
+        return model.decode(tokens, at, stages.run(model.stack, layers, entries, read_step(None, start)))
 
     room = (jnp.zeros((4, 2, 12, 8)), jnp.zeros((4, 2, 12, 8)))
-    cache, hidden = [(None, room)] * SPARSE.layers, []
+    cache, hidden = [room] * SPARSE.layers, []
     for start, stop in ((0, 5), *((at, at + 1) for at in range(5, 12))):
         part, cache = step(tokens[:, start:stop], cache, start)
         hidden.append(part)

@@ -286,6 +286,31 @@ def test_tensor_parallel_draws_the_same(mesh, expected):
 
 
 @pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=1, pipeline=2), MeshConfig(data=1, pipeline=4), MeshConfig(data=1, pipeline=2, model=2)], ids=str
+)
+def test_layers_over_devices_draw_the_same(mesh):
+    config = dataclasses.replace(LLAMA, layers=4, global_layers=(1, 3) if mesh.pipeline == 2 else (0, 1, 2, 3))
+    asked = list(zip(*ASKED[:7], strict=True))
+    expected = make(config=config, settings=PAIR)[0].generate(*asked)
+    engine, _ = make(config=config, mesh=mesh, devices=jax.devices()[: mesh.pipeline * mesh.model], settings=PAIR)
+    pool, weight = engine._pools[0][0], engine._weights[1][0]["down"]["weight"]
+    assert len(engine._pools) == len(engine._weights[1]) == 4 // mesh.pipeline
+    assert pool.sharding.shard_shape(pool.shape)[:2] == (1, 8 // mesh.model)
+    assert weight.sharding.shard_shape(weight.shape) == (1, 48 // mesh.model, 32)
+    assert engine.generate(*asked) == expected
+    assert_empty(engine)
+
+
+def test_stages_that_can_not_serve_are_refused():
+    with pytest.raises(ConfigError, match=r"mesh.pipeline=2: layers at the same place .* kinds of all layers are \(0, 1\)"):
+        make(mesh=MeshConfig(data=1, pipeline=2), devices=jax.devices()[:2])
+    deep = dataclasses.replace(LLAMA, layers=4, global_layers=())
+    repeated = MeshConfig(data=1, pipeline=2, pipeline_repeats=2, pipeline_schedule="circular")
+    with pytest.raises(ConfigError, match="mesh.pipeline_repeats=2: a stage that serves has one run of layers"):
+        make(config=deep, mesh=repeated, devices=jax.devices()[:2])
+
+
+@pytest.mark.parametrize(
     ("prompt", "sampling", "words"),
     [
         ([], {}, "the prompt has 0 tokens; the model's context is 96"),
