@@ -12,6 +12,7 @@ Options (`--config=experiments/prepare.py:data=PATH+PATH,chain=web`):
     evaluations  files or folders of evaluation texts: documents that hold 13 words in a row of one are removed
     pii          personal data: label ([EMAIL] in its place) or none; web: label, all others: none. Where the step is, it comes
                  last, and no file of the dataset holds what it found (needs 'llmos-jax[privacy]')
+    sample       share of the documents that are taken, chosen by their keys (1: all)
     licence      licence of these sources, kept with every document
     smoke        a small part of the standard library: proves that everything works, in seconds
 Steps are a list; any setting of one is reached by its name: `--config.steps.gopher_quality.min_words=20`.
@@ -58,14 +59,15 @@ CHAINS = {
 
 def get_config(arg=""):
     """Returns the choices of this preparation; everything else has its default beside its owner."""
-    options = parse_arg(arg, data="", chain="text", evaluations="", pii="", licence="", smoke=False)
+    options = parse_arg(arg, data="", chain="text", evaluations="", pii="", licence="", sample=1.0, smoke=False)
     if options["chain"] not in CHAINS:
         raise ConfigError(f"chain={options['chain']!r} is unknown; known: {', '.join(CHAINS)}.")
     config = ConfigDict()
     config.name = "text"
     sources = parse_sources(options["data"] or ("stdlib:asyncio" if options["smoke"] else "stdlib"))
     config.sources = [source | {"repair": True, "licence": options["licence"]} for source in sources]
-    steps = list(CHAINS[options["chain"]])
+    steps = [{"step": "sample", "share": options["sample"]}] if options["sample"] < 1 else []
+    steps += CHAINS[options["chain"]]
     if options["evaluations"]:
         steps.append({"step": "decontaminate", "paths": options["evaluations"].split("+")})
     pii = options["pii"] or ("label" if options["chain"] == "web" else "none")

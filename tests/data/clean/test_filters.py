@@ -15,6 +15,7 @@ from llmos_jax.data.clean.decontaminate import Decontaminate
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.language import Language
 from llmos_jax.data.clean.normalise import Normalise
+from llmos_jax.data.clean.sample import Sample
 from llmos_jax.data.clean.steps import Filter, apply_step, parse_steps, step_class, step_names
 from llmos_jax.data.clean.url import Url, host_of
 from llmos_jax.errors import ConfigError, DataError
@@ -97,6 +98,24 @@ def test_languages_are_those_that_py3langid_finds_text_by_text():
     attributes, _ = apply_step(Language(), [Documents.of(texts)])[0]
     assert attributes["language"].tolist() == list(languages) and len(set(languages)) > 5
     np.testing.assert_allclose(attributes["score"], scores, atol=1e-4)
+
+
+def test_samples_hang_on_keys_alone():
+    documents = Documents([f"{source}/{n}" for source in ("a", "b") for n in range(2000)], ["text"] * 4000, [{}] * 4000)
+
+    def kept(chosen=documents, **choices):
+        ((_, reasons),) = apply_step(Sample(**choices), [chosen])
+        return {key for key, reason in zip(chosen.keys, reasons, strict=True) if not reason}
+
+    small, large = kept(share=0.1), kept(share=0.3)
+    assert small < large and abs(len(small) - 400) < 80 and abs(len(large) - 1200) < 120
+    part = documents.select(np.arange(4000) % 3 == 0)
+    assert kept(part, share=0.1) == small & set(part.keys)
+    assert len(kept(share=0.1, seed=1) & small) < 100
+    of_one = kept(share=0.1, sources=("b",))
+    assert {key for key in of_one if key[0] == "a"} == set(documents.keys[:2000])
+    assert {key for key in of_one if key[0] == "b"} == {key for key in small if key[0] == "b"}
+    assert len(kept(share=1.0)) == 4000 and not kept(share=0.0)
 
 
 def test_url(tmp_path):
@@ -237,11 +256,12 @@ def test_every_step_takes_empty_shards_and_odd_texts_and_looks_at_each_document_
     step = step_class(name)()
     odd = ["", " ", "\n\n", "…", "\ud800", "a" * 5000, "{" * 50, "漢字。" * 40, PROSE * 8, "\u0130\u0130 İ", "x\ty"]
     apply_step(step, [Documents.of([])])
-    whole = apply_step(step, [Documents.of(odd)])[0]
+    documents = Documents.of(odd)
+    whole = apply_step(step, [documents])[0]
     if step.is_global:
         return
-    for number, text in enumerate(odd):
-        part = apply_step(step, [Documents.of([text])])[0]
+    for number in range(len(odd)):
+        part = apply_step(step, [documents.select(np.arange(len(odd)) == number)])[0]
         if isinstance(step, Filter):
             assert part[1][0] == whole[1][number]
             assert {key: values[0] for key, values in part[0].items()} == {k: values[number] for k, values in whole[0].items()}
