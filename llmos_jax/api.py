@@ -10,7 +10,7 @@ import re
 from absl import logging
 
 from llmos_jax import config
-from llmos_jax.errors import CheckpointError, DataIdentityMismatch, RunDirectoryError
+from llmos_jax.errors import CheckpointError, DataError, DataIdentityMismatch, RunDirectoryError
 
 
 def load_settings(spec, overrides=()):
@@ -51,8 +51,14 @@ def run_preparation(settings, directory):
     with RunDirectoryLease(directory), _log_file(directory / "log.txt"):
         version = prepare_dataset(settings, directory, log=logging.info)
         report = version.directory / REPORT_FILE
+        for leftover in version.directory.glob(f".{REPORT_FILE}.*"):  # of a process that was killed
+            leftover.unlink()
         if not report.is_file():
-            write_dataset_report(report, version)
+            try:
+                write_dataset_report(report, version)
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise DataError(f"{report} could not be written ({reason}): make room, and start again.") from error
         logging.info("report: %s", report)
         return version
 

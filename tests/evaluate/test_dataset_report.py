@@ -1,5 +1,6 @@
 """The page of a clean dataset: what it shows, what it escapes, that it loads nothing."""
 
+import errno
 import html.parser
 import json
 import re
@@ -10,6 +11,8 @@ from llmos_jax.api import run_preparation
 from llmos_jax.config import parse
 from llmos_jax.data.clean.dataset import open_dataset
 from llmos_jax.data.clean.pipeline import PrepareConfig
+from llmos_jax.errors import DataError
+from llmos_jax.evaluate import page as page_lib
 from llmos_jax.evaluate.dataset_report import REPORT_FILE, write_dataset_report
 from llmos_jax.evaluate.page import bar_chart, table
 
@@ -76,6 +79,24 @@ def test_charts_count_every_document_once_and_groups_are_named(version):
 def test_the_same_dataset_gives_the_same_page(version, tmp_path):
     write_dataset_report(tmp_path / "again.html", open_dataset(tmp_path / "dataset"))
     assert (tmp_path / "again.html").read_text() == (version.directory / REPORT_FILE).read_text()
+
+
+def test_a_report_that_finds_no_room_is_written_by_the_next_run(version, tmp_path, monkeypatch):
+    page = (version.directory / REPORT_FILE).read_text()
+    (version.directory / REPORT_FILE).unlink()
+    (version.directory / f".{REPORT_FILE}.0123").write_text("half of it")
+    settings = parse(PrepareConfig, version.manifest["settings"])
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(page_lib, "write_whole", full)
+        with pytest.raises(DataError, match="report.html could not be written .No space left on device.: make room"):
+            run_preparation(settings, tmp_path / "dataset")
+    again = run_preparation(settings, tmp_path / "dataset")
+    assert again.directory == version.directory and (again.directory / REPORT_FILE).read_text() == page
+    assert not list(again.directory.glob(".*"))
 
 
 def test_pieces():
