@@ -11,6 +11,7 @@ they are measured on their own, and every ratio to transformers is taken without
 
 import argparse
 import json
+import os
 import pathlib
 import statistics
 import subprocess
@@ -208,17 +209,42 @@ def measure_drafts(model, repeats):
     print(json.dumps({"drafts": True, "decode_tokens_per_second": (NEW - 1) / taken, "accepted_share": accepted}), flush=True)
 
 
+def start():
+    """Prints the seconds until all programs of an engine are compiled, by the compile cache in LLMOS_CACHE."""
+    from llmos_jax import api
+    from llmos_jax.train.settings import TrainConfig
+
+    api.prepare_platform(TrainConfig())
+    taken, programs = seconds(make_engine(make_model(), rows=4).warm_up)
+    print(json.dumps({"seconds": taken, "programs": programs}), flush=True)
+
+
+def measure_start(model, repeats):
+    """Prints the time of `Engine.warm_up` in a fresh process with an empty compile cache, and with what that left."""
+    with tempfile.TemporaryDirectory() as cache:
+        command = [sys.executable, __file__, "--start"]
+        cold, warm = (
+            json.loads(subprocess.run(command, env=os.environ | {"LLMOS_CACHE": cache}, capture_output=True, check=True).stdout)
+            for _ in range(2)
+        )
+    figures = {"programs": cold["programs"], "cold_start_s": cold["seconds"], "warm_start_s": warm["seconds"]}
+    print(json.dumps(figures | {"warm_share": warm["seconds"] / cold["seconds"]}), flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transformers", metavar="PYTHON", help="an interpreter with torch and transformers")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--only", choices=("compare", "batching", "reuse", "drafts"))
+    parser.add_argument("--only", choices=("compare", "batching", "reuse", "drafts", "start"))
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     values = parser.parse_args()
     if values.worker:
         return worker(values.worker)
+    if values.start:
+        return start()
     model = make_model()
-    parts = {"batching": measure_batching, "reuse": measure_reuse, "drafts": measure_drafts}
+    parts = {"batching": measure_batching, "reuse": measure_reuse, "drafts": measure_drafts, "start": measure_start}
     if values.only in (None, "compare"):
         contestants = {"engine": Ours(make_engine(model, draft_tokens=0))}
         with tempfile.TemporaryDirectory() as scratch:
