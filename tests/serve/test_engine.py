@@ -275,7 +275,13 @@ def test_angles_that_depend_on_the_length_do_not_depend_on_the_schedule():
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(data=1, model=2), MeshConfig(data=2, model=4), MeshConfig(data=1, model=8)], ids=str
+    "mesh",
+    [
+        MeshConfig(data=1, model=2),
+        pytest.param(MeshConfig(data=2, model=4), marks=pytest.mark.slow),
+        MeshConfig(data=1, model=8),
+    ],
+    ids=str,
 )
 def test_tensor_parallel_draws_the_same(mesh, expected):
     devices = jax.devices()[: abs(mesh.data) * mesh.model]

@@ -84,7 +84,8 @@ def test_something_is_dropped_and_something_is_learnt():
     assert losses[-1] < losses[0] and float(metrics["train/router_balance"]) > 1
 
 
-@pytest.mark.parametrize("form", ["dropless", pytest.param("capacity", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["dropless", "capacity"])
+@pytest.mark.slow
 def test_accumulation_equals_the_large_batch(form):
     trainer = Trainer(model=FORMS[form])
     batch = {k: jnp.asarray(v) for k, v in batches(1)[0].items()}
@@ -117,6 +118,7 @@ def test_experts_that_do_not_divide_are_refused():
         Trainer(model=SPARSE, mesh=rules)
 
 
+@pytest.mark.slow
 def test_muon_orthogonalises_every_expert():
     config = optim.OptimConfig(name="muon", learning_rate=1.0, weight_decay=0.0, schedule="constant", warmup=0.0)
     trainer = Trainer(model=SPARSE, config=config)

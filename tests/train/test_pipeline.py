@@ -114,6 +114,7 @@ def test_every_block_sees_every_microbatch_once_in_order(stages, repeats, microb
     assert idle == pytest.approx(plan.bubble)
 
 
+@pytest.mark.slow
 def test_what_rematerialisation_repeats_in_a_pipeline():
     """Policies mean what they mean without stages; full keeps the inputs of a tick alone, 1F1B those of a stage in any case."""
 
@@ -129,7 +130,7 @@ def test_what_rematerialisation_repeats_in_a_pipeline():
     assert products("matmuls", "1f1b") == products("none", "1f1b")
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow)])
 def test_memory_and_ticks_of_the_program(schedule):
     """What the compiler plans and what the program does, for few and many microbatches of one size."""
     model, temporaries = dataclasses.replace(ROTATED, remat="full"), {}

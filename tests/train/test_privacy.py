@@ -237,6 +237,7 @@ def test_noise_is_the_least_that_keeps_to_the_budget():
     assert privacy.epsilon(noise, 0.02, 300, 1e-5) <= 3.0 < privacy.epsilon(noise - 2e-3, 0.02, 300, 1e-5)
 
 
+@pytest.mark.slow
 def test_steps_are_the_most_that_keep_to_the_budget():
     for limit in (None, 5000):
         steps = privacy.most_steps(2.0, 1.0, 0.02, 1e-5, limit)
@@ -308,6 +309,7 @@ def test_a_run_says_what_it_spent(documents, whole):
     assert api.run_training(settings_for(documents), whole[0])["privacy"] == account  # finished: not trained again
 
 
+@pytest.mark.slow
 @slow_to_compile
 def test_a_resumed_run_is_bitwise_the_same(documents, whole, tmp_path):
     api.run_training(settings_for(documents, train__steps=3), tmp_path)
