@@ -19,7 +19,10 @@ def init_pools(family, config, pages, page_size, dtype, stages):
     """
     (rows, groups, length, size), _ = family.cache_shapes(config, pages + 1, page_size)
     shape, sharding = stages.shape(groups, rows, length, size), pool_sharding(stages)
-    make = lambda: [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stages.layers)]  # noqa: E731
+
+    def make():
+        return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(stages.layers)]
+
     return jax.jit(make, out_shardings=sharding)()
 
 

@@ -307,6 +307,19 @@ def test_layers_over_devices_draw_the_same(mesh):
     assert_empty(engine)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [(gpt, GPT), (llama, dataclasses.replace(LLAMA, global_layers=(), experts=4, experts_per_token=2, expert_mlp=16, mlp=0))],
+    ids=["gpt", "experts"],
+)
+def test_stages_of_other_forms_draw_the_same(family, config):
+    asked = list(zip(*ASKED[:5], strict=True))
+    expected = make(family, config, settings=PAIR)[0].generate(*asked)
+    mesh = MeshConfig(data=1, pipeline=2)
+    assert make(family, config, mesh, PAIR, jax.devices()[:2])[0].generate(*asked) == expected
+
+
 def test_stages_that_can_not_serve_are_refused():
     with pytest.raises(ConfigError, match=r"mesh.pipeline=2: layers at the same place .* kinds of all layers are \(0, 1\)"):
         make(mesh=MeshConfig(data=1, pipeline=2), devices=jax.devices()[:2])
