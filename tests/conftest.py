@@ -28,6 +28,7 @@ def pytest_addoption(parser):
     parser.addoption("--regenerate-golden", action="store_true", help="rewrite tests/golden from today's settings")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """Keeps a file's tests on one worker (they share fixtures), and all that start gangs of processes on the same one."""
     for item in items:

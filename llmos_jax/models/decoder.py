@@ -143,7 +143,13 @@ class Attention(nnx.Module):
 
     def cached(self, cache, query_BLHK, key_BLGK, value_BLGK, read, kind):
         """Returns (attention of new tokens to a cache and to each other, what is kept of them), before `output`."""
-        return read(cache, query_BLHK, key_BLGK, value_BLGK, window=self.windows[kind], scale=self.scale, softcap=self.softcap)
+
+        def read_in(window):
+            return functools.partial(read, window=window, scale=self.scale, softcap=self.softcap)
+
+        if isinstance(kind, int):
+            return read_in(self.windows[kind])(cache, query_BLHK, key_BLGK, value_BLGK)
+        return lax.switch(kind, [read_in(window) for window in self.windows], cache, query_BLHK, key_BLGK, value_BLGK)
 
 
 class Block(nnx.Module):

@@ -2,7 +2,7 @@
 
 Its matrix library packs the right operand anew in every call, which for few rows costs more than the product. One row at a time
 the weight is only streamed; with some more, the weight as the left operand is not packed. (BUILD_NOTES.md has the
-measurements: 1.2 to 2.5 times the speed from 2 to 48 rows; a single row needs no second one to be fast.)
+measurements: 1.2 to 2 times the speed from 2 to 48 rows; a single row needs no second one to be fast.)
 """
 
 import jax.numpy as jnp

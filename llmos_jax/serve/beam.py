@@ -73,7 +73,8 @@ def search(engine, prompts, decode, *, beams, max_tokens, length_penalty):
     among the `beams` likeliest. The search ends when nothing that runs can be better than what is kept (transformers calls it
     early_stopping="never"), so a larger length_penalty, which favours longer ones, takes longer. decode: tokens to text.
 
-    Raises ConfigError when `beams` and the tokens that end are more than the engine tells log-probabilities of.
+    Raises ConfigError when `beams` and the tokens that end are more than the engine tells log-probabilities of, and for rows
+    whose length turns all positions (dynamic, longrope): a beam is given to the engine as a prompt, so its angles would change.
     """
     most = MOST_LOGPROBS - len(engine.end_ids)
     if not 1 <= beams <= most:
@@ -83,6 +84,12 @@ def search(engine, prompts, decode, *, beams, max_tokens, length_penalty):
     searches = []
     for prompt in prompts:
         room = engine.config.context + 1 - len(prompt)
+        stretched, longest = engine.config.stretched_from, len(prompt) + max_tokens
+        if stretched is not None and longest > stretched:
+            raise ConfigError(
+                f"beam search over rows of up to {longest} tokens: beyond {stretched} this model's rotary positions depend on "
+                "a row's length, and beams would not be comparable; lower max_tokens, or use `generate`."
+            )
         reason = "length" if max_tokens <= room else "context"
         searches.append(_Search(prompt, beams, min(max_tokens, room), length_penalty, reason))
     sampling = SamplingConfig(

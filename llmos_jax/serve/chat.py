@@ -15,6 +15,7 @@ import sys
 from llmos_jax.compute.host import write_whole
 from llmos_jax.config import Override, parse, to_plain
 from llmos_jax.errors import ConfigError, DataError, LlmosError
+from llmos_jax.serve.model import check_conversation
 from llmos_jax.serve.sample import SamplingConfig
 
 _HELP = """\
@@ -41,7 +42,7 @@ class Chat:
 
     def __init__(self, model, sampling, write, system=None):
         model.check_chat()
-        _check(sampling)
+        check_conversation(sampling)
         self.model, self.sampling, self.write, self.system = model, sampling, write, system or None
         self.messages, self.attempt = [], 0
         self._commands = {
@@ -103,7 +104,7 @@ class Chat:
             if not has_value:
                 raise ConfigError(f"/set {argument}: say what to, as {name or 'temperature'}=VALUE.")
             sampling = parse(SamplingConfig, to_plain(self.sampling) | {name: Override(value)})
-            _check(sampling)
+            check_conversation(sampling)
             self.sampling = sampling
         else:
             self.write("".join(f"{name}={value}\n" for name, value in to_plain(self.sampling).items()))
@@ -167,7 +168,10 @@ def run_chat(model, sampling, system=None, source=None, sink=None):
 def _read_line(source, write, is_terminal):
     """Returns the next line, None at the end. Ctrl-C at a terminal's prompt gives a new one."""
     if not is_terminal:
-        line = source.readline()
+        try:
+            line = source.readline()
+        except UnicodeDecodeError as error:
+            raise DataError(f"what is given is not UTF-8 text: {error}.") from None
         return line.rstrip("\r\n") if line else None
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  `input` edits lines and remembers them where it is there
@@ -203,11 +207,6 @@ def _interruptible():
         signal.signal(signal.SIGINT, before)
 
 
-def _check(sampling):
-    if sampling.n != 1:
-        raise ConfigError(f"n={sampling.n}: a conversation goes on with one answer.")
-
-
 def _message(role, content):
     return {"role": role, "content": content}
 
@@ -215,7 +214,10 @@ def _message(role, content):
 def _path(argument, name):
     if not argument:
         raise ConfigError(f"/{name} needs a file: /{name} FILE.")
-    return pathlib.Path(argument).expanduser()
+    try:
+        return pathlib.Path(argument).expanduser()
+    except RuntimeError as error:  # ~NOBODY
+        raise DataError(f"/{name} {argument}: {error}") from None
 
 
 def _read_messages(path):

@@ -34,13 +34,18 @@ class LanguageModel:
     def chat(self, messages, sampling=None, on_text=None, **choices):
         """Returns the Generation that answers `messages` ({"role", "content"}), by the chat template that the model came with.
 
-        Raises ConfigError when it has none, or when the template refuses the messages. The rest is as in `generate`.
+        Raises ConfigError when it has none, when the template refuses the messages, or n is not 1. The rest is as in
+        `generate`.
         """
-        return self.generate([self._chat_prompt(messages)], sampling, on_text, **choices)[0]
+        sampling = sampling or parse(SamplingConfig, choices)
+        check_conversation(sampling)
+        return self.generate([self._chat_prompt(messages)], sampling, on_text)[0]
 
     def stream_chat(self, messages, sampling=None, **choices):
         """Yields the pieces of text that answer `messages` (see `chat`); a caller who stops asking ends it."""
-        for _, piece in self.stream([self._chat_prompt(messages)], sampling, **choices):
+        sampling = sampling or parse(SamplingConfig, choices)
+        check_conversation(sampling)
+        for _, piece in self.stream([self._chat_prompt(messages)], sampling):
             yield piece
 
     def check_chat(self):
@@ -71,3 +76,9 @@ class LanguageModel:
     @functools.cached_property
     def _scorer(self):
         return Scorer(self.generator.handle, self.generator.config, self.generator.tokenizer)
+
+
+def check_conversation(sampling):
+    """Raises ConfigError when a SamplingConfig asks for more than one answer."""
+    if sampling.n != 1:
+        raise ConfigError(f"n={sampling.n}: a conversation goes on with one answer.")

@@ -6,35 +6,31 @@ the program; a stage computes in every tick, as a vmapped dimension, and what it
 takes as long as on one device, and each device holds its own layers only.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
-from llmos_jax.errors import ConfigError
+from llmos_jax.compute.pipeline import layer_order
 from llmos_jax.models.stack import unstack
 
 
 class Stages:
     """The stages of a model's `config` (a DecoderConfig) on a placement; `count` is 1 without a pipeline.
 
-    Raises ConfigError when stages hold several blocks each, or layers at the same place in their stages differ in kind.
+    A stage that holds several blocks (mesh.pipeline_repeats) is passed once for each, in the order of training. kinds: what
+    each layer of a stage is called with, or an array of what every stage's is, where layers at the same place differ.
     """
 
     def __init__(self, placement, config):
         plan = placement.pipeline
-        self.placement, self.count = placement, plan.stages if plan else 1
-        if plan and plan.repeats > 1:
-            raise ConfigError(
-                f"mesh.pipeline_repeats={plan.repeats}: a stage that serves has one run of layers; leave it at 1 (checkpoints "
-                "are the same)."
-            )
-        kinds, self.layers = config.kinds or (0,) * config.layers, config.layers // self.count
-        self.kinds = kinds[: self.layers]
-        if self.kinds * self.count != tuple(kinds):
-            raise ConfigError(
-                f"mesh.pipeline={self.count}: layers at the same place in their stages have to be of one kind (with a window, "
-                f"or without), and the kinds of all layers are {kinds}: take a number of stages that cuts their pattern evenly."
-            )
+        self.placement, self.count, self.repeats = placement, plan.stages if plan else 1, plan.repeats if plan else 1
+        self.layers = config.layers // self.count
+        stored = layer_order(plan, config.layers) if plan else range(config.layers)
+        kinds = np.array(config.kinds or (0,) * config.layers, np.int32)[np.array(stored)].reshape(self.count, self.layers)
+        self.kinds = [int(of_stages[0]) if len(set(of_stages.tolist())) == 1 else of_stages for of_stages in kinds.T]
 
     def split(self, blocks):
         """Returns the parameters of each layer of a stage, of all layers' stacked [layers, ...]."""
@@ -70,35 +66,48 @@ class Stages:
         stack: the model's; layers: of `split`; entries and read: as in `Block.decode`, an entry for each layer of a stage.
         """
 
-        def in_order(layers, entries, x_BLD, rotations):
+        fixed = [kind if isinstance(kind, int) else None for kind in self.kinds]
+        by_stage = [None if isinstance(kind, int) else kind for kind in self.kinds]
+
+        def in_order(part, layers, entries, kinds, x_BLD, rotations):
             written = []
-            for block, entry, kind in zip(stack.bind(layers), entries, self.kinds, strict=True):
-                x_BLD, new = block.decode(x_BLD, entry, read, rotations, kind)
+            for block, entry, same, differing in zip(stack.bind(layers), entries, fixed[part], kinds, strict=True):
+                x_BLD, new = block.decode(x_BLD, entry, read, rotations, differing if same is None else same)
                 written.append(new)
             return x_BLD, written
 
         if self.count == 1:
-            return lambda x_BLD, rotations: in_order(layers, entries, x_BLD, rotations)
-        in_stages = self.each(in_order, (0, 0, 0, None))
+            return lambda x_BLD, rotations: in_order(slice(None), layers, entries, by_stage, x_BLD, rotations)
 
         def pass_through(x_BLD, rotations):
-            x_SBLD = jnp.zeros((self.count, *x_BLD.shape), x_BLD.dtype).at[0].set(x_BLD)
-            shapes = jax.eval_shape(in_stages, layers, entries, x_SBLD, rotations)[1]
-            written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-            def tick(carry, number):
-                x_SBLD, written = carry
-                leaving_SBLD, new = in_stages(layers, entries, x_SBLD, rotations)
-                is_its_turn_S = jnp.arange(self.count) == number
-
-                def keep(new, old):
-                    kept = jnp.where(is_its_turn_S.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-                    return self.placement.constrain(kept, "layers", "heads", None, None, None)
-
-                rolled_SBLD = self.placement.constrain(jnp.roll(leaving_SBLD, 1, axis=0), "layers", None, None, None)
-                return (rolled_SBLD, jax.tree.map(keep, new, written)), None
-
-            (x_SBLD, written), _ = lax.scan(tick, (x_SBLD, written), jnp.arange(self.count))
-            return x_SBLD[0], written
+            written, of_repeat = [], self.layers // self.repeats
+            for start in range(0, self.layers, of_repeat):
+                part = slice(start, start + of_repeat)
+                given = (layers[part], entries[part], by_stage[part])
+                one = self.each(functools.partial(in_order, part), (0, 0, 0, 0, None))
+                x_BLD, new = self._pass_once(functools.partial(one, *given), x_BLD, rotations)
+                written += new
+            return x_BLD, written
 
         return pass_through
+
+    def _pass_once(self, in_stages, x_BLD, rotations):
+        """Returns (x, what was written) after one block of layers of every stage."""
+        x_SBLD = jnp.zeros((self.count, *x_BLD.shape), x_BLD.dtype).at[0].set(x_BLD)
+        shapes = jax.eval_shape(in_stages, x_SBLD, rotations)[1]
+
+        def tick(carry, number):
+            x_SBLD, written = carry
+            leaving_SBLD, new = in_stages(x_SBLD, rotations)
+            is_its_turn_S = jnp.arange(self.count) == number
+
+            def keep(new, old):
+                kept = jnp.where(is_its_turn_S.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+                return self.placement.constrain(kept, "layers", "heads", None, None, None)
+
+            rolled_SBLD = self.placement.constrain(jnp.roll(leaving_SBLD, 1, axis=0), "layers", None, None, None)
+            return (rolled_SBLD, jax.tree.map(keep, new, written)), None
+
+        written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (x_SBLD, written), _ = lax.scan(tick, (x_SBLD, written), jnp.arange(self.count))
+        return x_SBLD[0], written

@@ -1,5 +1,6 @@
 """Beam search against a plain one that runs every row anew, against all continuations, and against transformers'."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -10,6 +11,7 @@ import pytest
 
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import llama
+from llmos_jax.models.rope import RopeConfig
 from llmos_jax.serve import beam
 from llmos_jax.serve.engine import Engine, EngineConfig
 from tests.interop.reference import load, write_folder
@@ -124,6 +126,14 @@ def test_beams_are_those_of_transformers(tmp_path):
 def test_wrong_settings_are_named(given, words):
     with pytest.raises(ConfigError, match=words):
         beam.search(made(40, 7)[0], [[9]], text, **dict(beams=2, max_tokens=4, length_penalty=0.0) | given)
+
+
+def test_angles_that_depend_on_the_length_are_refused():
+    """A beam goes to the engine as a longer prompt, whose positions would be turned otherwise than when it was shorter."""
+    rope = RopeConfig(scaling="dynamic", original_context=12, factor=2.0)
+    engine, _ = make(llama, dataclasses.replace(CONFIG, rope=rope))
+    with pytest.raises(ConfigError, match="rows of up to 13 tokens: beyond 12 this model's rotary positions depend on"):
+        beam.search(engine, [[9], [9] * 9], text, beams=2, max_tokens=4, length_penalty=0.0)
 
 
 def test_texts_go_in_and_out():

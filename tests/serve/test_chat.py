@@ -1,5 +1,6 @@
 """The terminal's conversation: commands, streaming, interruption, what a turn computes; through a pipe as a user runs it."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -134,6 +135,7 @@ def test_commands(chat, tmp_path):
         ("/undo", ConfigError, "nothing has been said yet"),
         ("/save", ConfigError, "/save needs a file"),
         ("/save /no/such/folder/file", DataError, "can't be written"),
+        ("/save ~nobody_of_this_name/file", DataError, "/save ~nobody_of_this_name/file: "),
         ("/load /no/file", DataError, "not a conversation"),
         ("refuse", ConfigError, "the chat template refuses"),
         ("x" * 300, ConfigError, "the model's context is 256"),
@@ -192,6 +194,22 @@ def test_a_pipe_gets_answers_and_nothing_else(model):
     assert sink.getvalue() == f"{first}\n{model.chat(talk, SAMPLING).text}\n"
     with pytest.raises(ConfigError, match="no /nonsense"):
         run_chat(model, SAMPLING, source=io.StringIO("/nonsense\nhello\n"), sink=sink)
+
+
+def test_what_is_not_text_is_refused(model):
+    source = io.TextIOWrapper(io.BytesIO(b"hello\n\xff\n"), encoding="utf-8")
+    with pytest.raises(DataError, match="what is given is not UTF-8 text"):
+        run_chat(model, SAMPLING, source=source, sink=io.StringIO())
+
+
+@pytest.mark.parametrize(
+    "say", [LanguageModel.chat, lambda *given, **choices: list(LanguageModel.stream_chat(*given, **choices))]
+)
+def test_a_conversation_has_one_answer(model, say):
+    talk = [{"role": "user", "content": "hello"}]
+    for given in (dict(sampling=dataclasses.replace(SAMPLING, n=2)), dict(n=2)):
+        with pytest.raises(ConfigError, match="n=2: a conversation goes on with one answer"):
+            say(model, talk, **given)
 
 
 def test_a_terminal_forgives(model, monkeypatch):

@@ -49,7 +49,8 @@ _GPIPE = dict(pipeline=2, expert=2, model=2, pipeline_schedule="gpipe")
 @pytest.mark.parametrize(
     ("form", "mesh", "choices"),
     [
-        ("dropless", dict(expert=4, data=2), {}),
+        ("dropless", dict(expert=8, data=1), {}),
+        pytest.param("dropless", dict(expert=4, data=2), {}, marks=pytest.mark.slow),
         ("dropless", dict(expert=2, data=2, model=2, parameters="fsdp"), dict(remat="full")),
         pytest.param("dropless", _PIPELINED, {}, marks=pytest.mark.slow),
         pytest.param("capacity", dict(expert=4, data=2), {}, marks=pytest.mark.slow),

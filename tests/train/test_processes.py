@@ -60,6 +60,7 @@ def test_other_numbers_of_processes_have_the_same_losses(processes, devices, tol
         pytest.param(2, 2, {"mesh__data": 2, "mesh__model": 2}, id="data 2 x model 2"),
         pytest.param(1, 1, {}, id="one device", marks=pytest.mark.slow),
         pytest.param(2, 1, {"mesh__model": 2, "mesh__parameters": "fsdp"}, id="model 2, fsdp", marks=pytest.mark.slow),
+        pytest.param(2, 1, {"mesh__pipeline": 2}, id="pipeline 2", marks=pytest.mark.slow),
     ],
 )
 def test_saved_by_four_restored_by_others(processes, devices, mesh, four, tmp_path):

@@ -15,6 +15,7 @@ import pytest
 
 from llmos_jax import api
 from llmos_jax.compute import host
+from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -24,6 +25,7 @@ from llmos_jax.errors import (
     RunDirectoryError,
     TrainingDiverged,
 )
+from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train import loop
 from llmos_jax.train.directory import DONE_FILE
 from llmos_jax.train.metrics import read_metrics
@@ -85,6 +87,18 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
     assert "throughput/tokens_per_second" in summary["throughput"] and "throughput/mfu" in summary["throughput"]
     samples = [entry["samples"] for entry in read_metrics(uninterrupted / "metrics.jsonl") if "samples" in entry]
     assert samples and all(sample["prompt"] for sample in samples[-1])
+
+
+def test_a_run_over_stages_samples_what_one_device_does(tmp_path):
+    """Training ends with samples, which are drawn where the parameters lie: in several blocks a stage, and cut three ways."""
+    stages = dict(mesh__pipeline=2, mesh__pipeline_repeats=2, mesh__data=2, mesh__model=2, model__layers=4)
+    settings = settings_for(train__steps=4, task__sample_tokens=12, **stages)
+    api.run_training(settings, tmp_path)
+    samples = [entry["samples"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry][-1]
+    sampling = SamplingConfig(max_tokens=12, temperature=settings.task.temperature, seed=settings.seed)
+    drawn = api.load(tmp_path, mesh=MeshConfig(data=8)).generate(settings.task.prompts, sampling)
+    assert [sample["text"] for sample in samples] == [done.text for done in drawn]
+    assert len(set(samples[0]["text"])) > 3
 
 
 def test_resumed_run_is_bitwise_the_same(uninterrupted, tmp_path):

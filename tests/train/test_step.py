@@ -25,10 +25,10 @@ ROWS, LENGTH = 16, 32
 class Trainer:
     """The smallest use of the step's parts."""
 
-    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20, family=gpt):
+    def __init__(self, *, model=MODEL, config=None, mesh=None, microbatches=1, steps=20, family=gpt, devices=None):
         # A large epsilon: some gradients are zero but for rounding (biases of keys), and Adam would blow those up.
         self.config = config or optim.OptimConfig(learning_rate=1e-2, epsilon=1e-3)
-        self.placement = make_placement(mesh or MeshConfig(), None if mesh else jax.devices()[:1])
+        self.placement = make_placement(mesh or MeshConfig(), devices or (None if mesh else jax.devices()[:1]))
         self.handle = state.describe_model(functools.partial(family.build, model, self.placement), self.placement)
         optimizer = optim.make_optimizer(self.config, self.handle.infos)
         with_ema = self.config.ema is not None
@@ -125,6 +125,8 @@ def single():
     [
         dict(data=8),
         dict(data=1, model=8),
+        dict(data=1, replica=8),
+        dict(data=1, context=8),
         dict(data=4, model=2),
         dict(data=8, parameters="fsdp"),
         dict(data=4, model=2, parameters="fsdp"),
