@@ -259,14 +259,15 @@ def _train(run, evaluate, sample, initial_params, launched):
                 pending = pending[-1:]
             profile.after(position, state)
 
-        # ---- The end: last metrics, evaluation, samples, checkpoint.
+        # ---- The end: last metrics, checkpoint; then evaluation and samples, whose failure must not cost what was trained.
         flush(pending)
         pending = []
-        evaluate_state()
-        sample_state()
         compare_replicas(True)
         with account.spend("save_block"):
             _save(run, state, position)
+            _require_saved(run, position)
+        evaluate_state()
+        sample_state()
     except Preempted:
         flush(pending)
         with account.spend("save_block"):
@@ -279,8 +280,6 @@ def _train(run, evaluate, sample, initial_params, launched):
         progress.close()
         profile.close()
         writer.close()
-    with account.spend("save_block"):
-        _require_saved(run, position)
     return Result(
         step=position,
         evaluation={name.partition("/")[2]: value for name, value in run.evaluation.items()},
