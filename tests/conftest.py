@@ -6,7 +6,7 @@ import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 # Most of the suite's time is compilation for eight devices: without LLVM's optimisation and MLIR for each fusion a third of it
-# is left, and products are a library's in any case. The last flag is gone from later jaxlibs, which end on what they don't know.
+# is left, and products are a library's in any case. Later jaxlibs don't know the last flag, and end where they are given it.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
