@@ -259,15 +259,20 @@ def _train(run, evaluate, sample, initial_params, launched):
                 pending = pending[-1:]
             profile.after(position, state)
 
-        # ---- The end: last metrics, checkpoint; then evaluation and samples, whose failure must not cost what was trained.
+        # ---- The end: last metrics, evaluation, samples, checkpoint.
         flush(pending)
         pending = []
         compare_replicas(True)
+        try:
+            evaluate_state()
+            sample_state()
+        except Exception as error:
+            if not isinstance(error, Preempted) and not distributed.is_peer_loss(error):  # it must not cost what was trained
+                _save(run, state, position)
+                _require_saved(run, position)
+            raise
         with account.spend("save_block"):
             _save(run, state, position)
-            _require_saved(run, position)
-        evaluate_state()
-        sample_state()
     except Preempted:
         flush(pending)
         with account.spend("save_block"):
@@ -280,6 +285,8 @@ def _train(run, evaluate, sample, initial_params, launched):
         progress.close()
         profile.close()
         writer.close()
+    with account.spend("save_block"):
+        _require_saved(run, position)
     return Result(
         step=position,
         evaluation={name.partition("/")[2]: value for name, value in run.evaluation.items()},

@@ -113,7 +113,7 @@ def test_a_run_goes_over_stages_and_back(tmp_path):
 
 
 def test_what_was_trained_outlives_its_samples(tmp_path, monkeypatch):
-    """The last checkpoint is there before anything is evaluated or drawn, and the same command does what is missing."""
+    """An error in the last evaluation or samples does not cost the steps, and the same command does what is missing."""
     settings = settings_for(train__steps=4, checkpoint__every_steps="none")
     with monkeypatch.context() as patch:
         patch.setattr(Generator, "generate", lambda *given: 1 / 0)
