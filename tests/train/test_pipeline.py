@@ -42,11 +42,7 @@ def batches():
         pytest.param(dict(pipeline=2, data=4, pipeline_microbatches=1), {}, marks=pytest.mark.slow),
         (dict(pipeline=2, data=2, model=2, pipeline_microbatches=8, parameters="fsdp"), {}),
         (dict(pipeline=2, data=2, model=2, pipeline_repeats=2, pipeline_microbatches=4), dict(remat="full")),
-        pytest.param(
-            dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"),
-            dict(microbatches=2),
-            marks=pytest.mark.slow,
-        ),
+        (dict(pipeline=2, replica=2, data=2, pipeline_microbatches=2, parameters="zero1"), dict(microbatches=2)),
         (dict(pipeline=2, context=2, model=2, pipeline_microbatches=4), {}),
         pytest.param(dict(pipeline=4, data=2, pipeline_schedule="gpipe"), {}, marks=pytest.mark.slow),
         (dict(pipeline=2, data=2, model=2, pipeline_schedule="gpipe", parameters="fsdp"), dict(remat="full", microbatches=2)),
@@ -159,12 +155,21 @@ def test_a_stage_waits_as_long_as_predicted(schedule, repeats, forward, ticks):
     assert plan.bubble == pytest.approx(1 - 4 * repeats / forward)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("gpipe", marks=pytest.mark.slow)])
-def test_memory_of_the_program(schedule):
+@pytest.mark.parametrize(
+    ("schedule", "repeats"),
+    [
+        ("1f1b", 1),
+        ("1f1b", 2),
+        pytest.param("gpipe", 1, marks=pytest.mark.slow),
+        pytest.param("circular", 2, marks=pytest.mark.slow),
+    ],
+)
+def test_memory_of_the_program(schedule, repeats):
     """What the compiler plans for few and many microbatches of one size."""
     model, temporaries = dataclasses.replace(ROTATED, remat="full"), {}
     for microbatches in (4, 16):
-        mesh = MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule, pipeline_microbatches=microbatches)
+        counts = dict(pipeline_microbatches=microbatches, pipeline_repeats=repeats)
+        mesh = MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule, **counts)
         traced, _ = traced_step(model, mesh, 16 * microbatches)
         temporaries[microbatches] = memory.compiled_bytes(traced.lower().compile())["temporaries"]
     grown = temporaries[16] / temporaries[4]
