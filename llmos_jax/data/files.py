@@ -6,6 +6,7 @@ import difflib
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import pathlib
@@ -124,15 +125,47 @@ def is_remote(path):
 def list_path(path):
     """Returns the SourceFiles of a file, of all files below a folder, or of a URL of either, in a fixed order.
 
-    Hidden files are passed over. ConfigError names what does not exist, DataError a folder without files.
+    Links to folders are followed; no folder is listed twice. Hidden files are passed over, and so are those of a Hugging Face
+    dataset folder that are none of the dataset's. ConfigError names what does not exist, DataError a folder without files.
     """
     files = _list_remote(path) if is_remote(path) else _list_local(path)
     if not files:
         raise DataError(f"data source {path} is an empty folder.")
+    return _without_beside_arrow(files)
+
+
+def _without_beside_arrow(files):
+    """Returns SourceFiles without what Hugging Face's `datasets` lays beside its .arrow files: its facts, and its caches."""
     arrow = {_parent(file.key) for file in files if file.path.endswith(".arrow")}
-    is_beside = [_parent(file.key) in arrow and file.key.rsplit("/", 1)[-1] in _BESIDE_ARROW for file in files]
-    is_listing = [arrow and file.key == "dataset_dict.json" for file in files]
-    return [file for file, *skips in zip(files, is_beside, is_listing, strict=True) if not any(skips)]
+    if not arrow:
+        return files
+    states = {_parent(file.key): file for file in files if _name(file.key) == "state.json" and _parent(file.key) in arrow}
+    listed = {folder: _listed_in(state) for folder, state in states.items()}
+    missing = {(folder, name) for folder, names in listed.items() for name in names or ()}
+    kept = []
+    for file in files:
+        folder, name = _parent(file.key), _name(file.key)
+        names = listed.get(folder)
+        missing.discard((folder, name))
+        is_foreign = name.endswith(".arrow") and (name.startswith("cache-") if names is None else name not in names)
+        is_fact = (folder in arrow and name in _BESIDE_ARROW) or file.key == "dataset_dict.json"
+        if not (is_foreign or is_fact):
+            kept.append(file)
+    for folder, name in sorted(missing):
+        raise DataError(f"{states[folder]} lists {name}, which is not there: the dataset is not whole.")
+    return kept
+
+
+def _listed_in(state):
+    """Returns the names of the data files that a dataset's state.json lists, none when it lists nothing."""
+    try:
+        with state.open_raw() as stream:
+            entries = json.loads(stream.read()).get("_data_files")
+        return {entry["filename"] for entry in entries} if entries else None
+    except OSError as error:
+        raise DataError(f"{state} can't be read: {error.strerror or error}.") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{state} is damaged: {error}.") from None
 
 
 def list_local(files, root):
@@ -156,13 +189,37 @@ def _list_local(text):
     if path.is_file():
         return list_local([path], path.parent)
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
-        found = sorted(file for file in files if not _is_hidden(file.relative_to(path).parts))
-        return list_local(found, path)
+        return list_local(sorted(_walk(path)), path)
     parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
     near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     raise ConfigError(f"data source {text!r} does not exist{hint}")
+
+
+def _walk(root):
+    """Yields the paths of all files below a folder, of links to nothing, and of folders that can't be listed: reading names them.
+
+    Folders behind links come after all others: a link to one of those, or to what holds it, adds nothing.
+    """
+    folders, links, seen = [root], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(folder.iterdir())
+        except OSError:
+            yield folder
+            continue
+        for entry in entries:
+            if _is_hidden([entry.name]):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.is_file() or entry.is_symlink():
+                yield entry
 
 
 def _list_remote(url):
@@ -193,6 +250,10 @@ def _file_system(url):
 
 def _parent(path):
     return path.rpartition("/")[0]
+
+
+def _name(path):
+    return path.rpartition("/")[2]
 
 
 def _is_hidden(parts):
