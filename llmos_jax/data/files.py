@@ -197,7 +197,7 @@ def _list_local(text):
 
 
 def _walk(root):
-    """Yields the paths of all files below a folder, of links to nothing, and of folders that can't be listed: reading names them.
+    """Yields all files below a folder, and links to nothing and folders that can't be listed, which reading names.
 
     Folders behind links come after all others: a link to one of those, or to what holds it, adds nothing.
     """

@@ -74,7 +74,7 @@ def _read_whole(file, limit):
     try:
         with file.open() as stream:
             data = stream.read() if limit is None else stream.read(limit + 1)
-    except (FileNotFoundError, PermissionError):
+    except (FileNotFoundError, PermissionError, IsADirectoryError):
         raise
     except DAMAGE as error:
         raise DataError(f"{file} is damaged: {error}.") from None

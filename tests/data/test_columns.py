@@ -73,7 +73,7 @@ def test_values_of_every_type_that_json_can_hold(path):
     assert sorted(passed_over) == [
         "metadata: 'image' is binary", "metadata: 'long' of more than 2000 characters",
         "metadata: 'long' of more than 2000 characters",
-        f"metadata: 'pictures' is {str(table.schema.field('pictures').type)[:40]}",
+        f"metadata: 'pictures' is list<{'element' if path.suffix == '.parquet' else 'item'}: struct<bytes: binary>>",
         "metadata: 'vector' of more than 2000 characters",
     ]  # fmt: skip
 
@@ -97,10 +97,10 @@ def test_few_long_rows_are_taken_at_once(path, monkeypatch):
 
     seen, real = [], columns._records
     monkeypatch.setattr(columns, "_records", lambda batch: seen.append(len(batch)) or real(batch))
-    write(path, pyarrow.table({"text": [f"{number} " + "word " * 200_000 for number in range(64)]}))  # 1 MB each
+    write(path, pyarrow.table({"text": [f"{number} " + "word " * 200_000 for number in range(40)]}))  # 1 MB each
     documents, bad = read(path)
-    assert len(documents) == 64 and not bad and max(seen) <= 17
-    assert [key for key, _, _ in documents] == [f"{path.name}:{number}" for number in range(64)]
+    assert len(documents) == 40 and not bad and max(seen) <= 17
+    assert [key for key, _, _ in documents] == [f"{path.name}:{number}" for number in range(40)]
 
 
 def test_a_file_without_rows_is_counted(path):
