@@ -25,8 +25,6 @@ _LARGER = {
 _MULTIBYTE = ("gb18030", "cp932", "cp949", "big5hkscs", "euc_jp", "iso2022_jp")
 # Characters that a line of UTF-8 must hold beside an encoding of several bytes: few of that are valid UTF-8 by chance.
 _SURE = 4
-# ASCII letters for each other one, in the languages of Western Europe.
-_FEW_ACCENTS = 3
 _LOST = "\ufffd"
 # More characters lost than one in so many, and the guess is wrong.
 _MOST_LOST = 100
@@ -62,8 +60,10 @@ def charset_of(page, label, where):
     """Returns the encoding of a page's bytes: by the label of its server, else by its own, else by its looks."""
     detect, known = _detectors(where)
     charset = (known(label.strip(" \"';"), False) if label else None) or detect(page, from_html_meta=True)
-    # Labels that can be read in ASCII are not of these encodings.
-    return "utf-8" if charset.startswith("utf-16") and b"\0" not in page[:1024] else charset
+    if charset.startswith("utf-16"):  # a label that can be read in ASCII is not of it
+        return charset if b"\0" in page[:1024] else "utf-8"
+    # The label of the West is given to much UTF-8, and its texts are hardly ever UTF-8 by chance.
+    return "utf-8" if charset == "cp1252" and _as_utf8(page) is not None else charset
 
 
 def _guess(data, where):

@@ -3,7 +3,6 @@
 import bz2
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import io
 import json
@@ -16,7 +15,8 @@ from llmos_jax.config import fingerprint
 from llmos_jax.errors import ConfigError, DataError
 
 TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
-_CHUNK = 1 << 18
+# Bytes of compressed content that are taken at once, all of which give nothing where they are damaged; and of content.
+_CHUNK, _BUFFER = 1 << 14, 1 << 16
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -56,13 +56,13 @@ class SourceFile:
         """Returns a binary stream of the decompressed content; damage shows as one of `DAMAGE` while it is read."""
         raw, name = self.open_raw(), self.path.lower()
         if name.endswith(".gz"):
-            return gzip.GzipFile(fileobj=raw)
+            return io.BufferedReader(_gzip(raw), _BUFFER)
         if name.endswith(".bz2"):
             return bz2.BZ2File(raw)
         if name.endswith(".xz"):
             return lzma.LZMAFile(raw)
         if name.endswith(".zst"):
-            return io.BufferedReader(_ZstdFile(raw, self.path), _CHUNK)
+            return io.BufferedReader(_zstd(raw, self.path), _BUFFER)
         return raw
 
     def content_hash(self):
@@ -79,16 +79,16 @@ class SourceFile:
             return f"unreadable {error.errno}"
 
 
-class _ZstdFile(io.RawIOBase):
-    """A zstandard file of any number of frames, whose damage and early end are errors (the library's reader ends quietly)."""
+class _Frames(io.RawIOBase):
+    """A compressed file of any number of frames (members), whose damage and early end are errors.
 
-    def __init__(self, raw, path):
-        try:
-            import zstandard
-        except ImportError:
-            raise missing_extra("zstandard", path) from None
-        self._library, self._raw = zstandard, raw
-        self._frame, self._rest, self._ready = None, b"", memoryview(b"")
+    Bytes come out of one frame at a time, and of a short one after its checksum was compared: what is wrong with a frame shows
+    when it is read, not later. (The libraries' own readers end quietly, or read on before they compare.)
+    """
+
+    def __init__(self, raw, new_decoder, error):
+        self._raw, self._new_decoder, self._error = raw, new_decoder, error
+        self._decoder, self._rest, self._ready = None, b"", memoryview(b"")
 
     def readable(self):
         return True
@@ -97,17 +97,20 @@ class _ZstdFile(io.RawIOBase):
         while not self._ready:
             data = self._rest or self._raw.read(_CHUNK)
             if not data:
-                if self._frame is not None:
+                if self._decoder is not None:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            if self._decoder is None and not (data := data.lstrip(b"\0")):  # what tapes are filled up with
+                self._rest = b""
+                continue
+            self._decoder = self._decoder or self._new_decoder()
             try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._library.ZstdError as error:
+                self._ready = memoryview(self._decoder.decompress(data))
+            except self._error as error:
                 raise OSError(str(error)) from None
-            self._rest = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
+            self._rest = self._decoder.unused_data if self._decoder.eof else b""
+            if self._decoder.eof:
+                self._decoder = None
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
@@ -115,6 +118,18 @@ class _ZstdFile(io.RawIOBase):
     def close(self):
         self._raw.close()
         super().close()
+
+
+def _gzip(raw):
+    return _Frames(raw, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error)
+
+
+def _zstd(raw, path):
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_extra("zstandard", path) from None
+    return _Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
 
 
 def is_remote(path):

@@ -37,18 +37,22 @@ class SourceConfig:
             raise ConfigError("the path of a source is empty: name a file, a folder or another source.")
 
 
+def split_paths(text):
+    """Returns the parts of `PATH+PATH`; a plus of a path has a backslash before it. ConfigError on a part that is empty."""
+    parts = [part.replace("\\+", "+") for part in re.split(r"(?<!\\)\+", text)]
+    if not all(parts):
+        raise ConfigError(f"{text} has an empty part: a plus stands between paths. One that is part of a path is \\+.")
+    return parts
+
+
 def parse_sources(text):
     """Returns the settings of a mixture written as one word, `PATH[@WEIGHT]+PATH[@WEIGHT]`, a list of dicts.
 
-    A plus that belongs to a path has a backslash before it. Raises ConfigError on a part that is empty, and on a weight that
-    is no number.
+    Raises ConfigError as `split_paths` does, and on a weight that is no number.
     """
     sources = []
-    for item in re.split(r"(?<!\\)\+", text):
-        item = item.replace("\\+", "+")
+    for item in split_paths(text):
         path, _, weight = item.rpartition("@")
-        if not (path or item):
-            raise ConfigError(f"data={text} has an empty part: a plus stands between paths. One that is part of a path is \\+.")
         try:
             sources.append(dict(path=path, weight=float(weight)) if path else dict(path=item))
         except ValueError:

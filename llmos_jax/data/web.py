@@ -70,7 +70,8 @@ def _records(file, stream, limit):
     number, line, most = 0, b"\n", None if limit is None else limit + _HEADERS + 1
     while True:
         try:
-            line = _past_blanks(stream, line)
+            while line in (b"\r\n", b"\n"):
+                line = stream.readline(_LONGEST_LINE)
             if not line:
                 return
             item, line = _record(f"{file}, record {number + 1}", stream, line, most)
@@ -83,9 +84,9 @@ def _records(file, stream, limit):
 
 
 def _record(where, stream, line, most):
-    """Returns ((headers, block) of the record that begins with `line`, or a DataError, and the first line of the next one).
+    """Returns ((headers, block) of the record that begins with `line`, or a DataError, and the first line behind it).
 
-    The latter is read first because a compressed record's checksum lies behind it.
+    No more is read than the two blank lines at its end: in what follows, damage is that of the next record.
     """
     if not line.startswith(b"WARC/"):
         error = DataError(f"{where} does not begin where the one before ends: what stands between is left out.")
@@ -103,14 +104,7 @@ def _record(where, stream, line, most):
     if line not in _BLANK:
         error = DataError(f"{where} does not end where it says: it is left out, and what follows up to the next one.")
         return error, _next_record(stream, line)
-    return (headers, block), _past_blanks(stream, line)
-
-
-def _past_blanks(stream, line):
-    """Returns the first line from `line` on that is not blank, b"" at the end."""
-    while line in (b"\r\n", b"\n"):
-        line = stream.readline(_LONGEST_LINE)
-    return line
+    return (headers, block), stream.readline(_LONGEST_LINE) if line else line
 
 
 def _next_record(stream, line):

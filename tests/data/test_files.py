@@ -8,7 +8,8 @@ import pyarrow
 import pytest
 
 from llmos_jax.data.files import list_path
-from llmos_jax.errors import DataError
+from llmos_jax.data.sources import SourceConfig, parse_sources, split_paths
+from llmos_jax.errors import ConfigError, DataError
 from tests.data.test_readers import read
 
 
@@ -36,6 +37,23 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert keys == ["a.txt", "books/d.txt", "books/inner/e.txt", "gone", "one.txt", "real/b.txt", "real/deep/c.txt"]
     documents, bad = read(root)
     assert len(documents) == 6 and len(bad) == 1 and "gone can't be read: No such file" in bad[0]
+
+
+def test_a_plus_stands_between_paths_or_is_escaped(tmp_path, monkeypatch):
+    assert parse_sources("a@2+b/c@0.5+d@e/f@1") == [
+        {"path": "a", "weight": 2.0}, {"path": "b/c", "weight": 0.5}, {"path": "d@e/f", "weight": 1.0},
+    ]  # fmt: skip
+    assert split_paths(r"c\+\+-docs+books") == ["c++-docs", "books"]
+    (tmp_path / "c++-docs").mkdir()
+    (tmp_path / "c++-docs" / "a.txt").write_text("text")
+    (tmp_path / "secret.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    assert [file.key for file in list_path(parse_sources(r"c\+\+-docs")[0]["path"])] == ["a.txt"]
+    for text in ("c++-docs", "books+", "+books", "a++b"):
+        with pytest.raises(ConfigError, match="has an empty part"):
+            parse_sources(text)
+    with pytest.raises(ConfigError, match="the path of a source is empty"):
+        SourceConfig(path="")
 
 
 def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
