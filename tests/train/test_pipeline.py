@@ -142,16 +142,17 @@ def traced_step(model, mesh, rows):
 
 
 @pytest.mark.parametrize(
-    ("schedule", "repeats", "forward", "ticks"),
-    [("1f1b", 1, 4 + 1, [1, 4, 1]), ("1f1b", 2, 8 + 1, [3, 6, 3]), ("gpipe", 1, 4 + 1, [5, 5]), ("circular", 2, 8 + 1, [9, 9])],
+    ("schedule", "repeats", "ticks"),
+    [("1f1b", 1, [1, 4, 1]), ("1f1b", 2, [3, 6, 3]), ("gpipe", 1, [5, 5]), ("circular", 2, [9, 9])],
 )
-def test_a_stage_waits_as_long_as_predicted(schedule, repeats, forward, ticks):
+def test_a_stage_waits_as_long_as_predicted(schedule, repeats, ticks):
     """Loops of the traced program, for 4 microbatches in 2 stages; 1F1B: forward alone, both, backward alone."""
     mesh = MeshConfig(data=4, pipeline=2, pipeline_schedule=schedule, pipeline_microbatches=4, pipeline_repeats=repeats)
     traced, plan = traced_step(ROTATED, mesh, 64)
     lengths = [eqn.params["length"] for eqn in traced.jaxpr.jaxpr.eqns if eqn.primitive.name == "scan"]
     found = [length for length in lengths if schedule == "1f1b" or length == ticks[0]]
-    assert found == ticks and (sum(ticks[:2]) if schedule == "1f1b" else ticks[0]) == forward
+    assert found == ticks
+    forward = sum(found[:2]) if schedule == "1f1b" else found[0]
     assert plan.bubble == pytest.approx(1 - 4 * repeats / forward)
 
 

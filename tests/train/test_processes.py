@@ -12,7 +12,7 @@ from tests.gang import launch, losses
 
 pytestmark = pytest.mark.timeout(900)  # six starts of a gang, on a machine that others use, too
 STEPS, KEPT = 24, 4
-RUN = {"train__steps": STEPS, "checkpoint__every_steps": 4, "checkpoint__keep": 10}
+RUN = {"train__steps": STEPS, "model__layers": 2, "checkpoint__every_steps": 4, "checkpoint__keep": 10}
 
 
 @pytest.fixture(scope="module")

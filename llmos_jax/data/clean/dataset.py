@@ -117,6 +117,7 @@ def write_version(directory, config, inputs, funnel, outputs, notes):
         "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": inputs["bad"]},
+        "passed_over": inputs["passed_over"],
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)
