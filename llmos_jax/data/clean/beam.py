@@ -85,7 +85,8 @@ def _run_text(text, root):
     try:
         run_task(root, task)
     except errors.LlmosError as error:
-        Objects(root).write_json(_failure(task), {"class": type(error).__name__, "message": str(error)})
+        name = next(one.__name__ for one in type(error).__mro__ if hasattr(errors, one.__name__))
+        Objects(root).write_json(_failure(task), {"class": name, "message": str(error)})
 
 
 def _result(objects, task):

@@ -378,10 +378,11 @@ def _read_manifest(file):
         manifest = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} can't be read ({error}): remove {file.parent} and prepare the dataset again.") from None
-    if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
-        raise DataError(
-            f"{file} is not a manifest of a clean dataset of format {FORMAT}: remove {file.parent} and prepare it again."
-        )
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise DataError(f"{file} is no manifest of a clean dataset: remove {file.parent} and prepare it again.")
+    if manifest.get("format") != FORMAT:
+        found = f"format {manifest.get('format')!r}, not {FORMAT} of this release"
+        raise DataError(f"{file} is of {found}: remove {file.parent} and prepare the dataset again.")
     return manifest
 
 

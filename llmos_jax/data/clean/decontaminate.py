@@ -1,5 +1,6 @@
 """Removal of documents that hold text of evaluation sets: n-grams of words in common (Brown et al., 2020, appendix C)."""
 
+import collections
 import dataclasses
 import functools
 
@@ -10,6 +11,7 @@ from llmos_jax.data.clean.gopher import first_reason, ratio
 from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
 from llmos_jax.data.clean.words import words_of
+from llmos_jax.data.fields import PassedOver
 from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_records
 from llmos_jax.errors import ConfigError, DataError
 
@@ -42,7 +44,7 @@ class Decontaminate(Filter):
         return {path: content_hash(list_files(SourceConfig(path=path))) for path in self.paths}
 
     def notes(self):
-        """Returns {"texts": evaluation texts that are looked for, "too_short": those that are not}."""
+        """Returns {"texts": evaluation texts that are looked for, "too_short": those that are not, "passed_over": by reason}."""
         return self._evaluation()[1]
 
     def _evaluation(self):
@@ -90,18 +92,21 @@ class HashSet:
 
 @functools.lru_cache(maxsize=2)
 def _evaluation(paths, text_key, n, min_words, content):
-    """Returns ({length: HashSet} of the n-grams of evaluation texts, how many are looked for and how many not).
+    """Returns ({length: HashSet} of the n-grams of evaluation texts, what the manifest says of these).
 
     content: tells one state of the files from another. Raises DataError at anything that can't be read: what is not looked for
     would be trained on.
     """
-    texts = []
+    texts, passed_over = [], collections.Counter()
     for path in paths:
         source = SourceConfig(path=path, text_key=text_key)
         for item in (item for file in list_files(source) for item in read_records(source, file)):
             if isinstance(item, DataError):
                 raise item
-            texts.append(item.text)
+            if isinstance(item, PassedOver):
+                passed_over[item.reason] += 1
+            else:
+                texts.append(item.text)
     words = words_of(texts)
     real = np.flatnonzero(~words.is_sign)
     first = np.searchsorted(real, words.first)
@@ -117,4 +122,5 @@ def _evaluation(paths, text_key, n, min_words, content):
     if not found:
         raise DataError(f"decontaminate: none of the {len(texts)} texts of {', '.join(paths)} has {min_words} words.")
     is_short = counts < min_words
-    return found, {"texts": int((~is_short).sum()), "too_short": int(is_short.sum())}
+    notes = {"texts": int((~is_short).sum()), "too_short": int(is_short.sum()), "passed_over": dict(sorted(passed_over.items()))}
+    return found, notes
