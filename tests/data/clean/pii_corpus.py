@@ -10,6 +10,8 @@ import uuid
 import phonenumbers
 from faker import Faker
 
+from tests.data.clean.secret_corpus import SECRET_LOOKALIKES, secret
+
 _LOCALES = {}
 
 
@@ -276,44 +278,6 @@ _NATIONAL = {
 }
 
 
-def secret(rng):
-    alphanumeric = string.ascii_letters + string.digits
-
-    def draw(count, letters=alphanumeric):
-        return "".join(rng.choice(letters) for _ in range(count))
-
-    known = [
-        lambda: "AKIA" + draw(16, string.ascii_uppercase + string.digits),
-        lambda: "ghp_" + draw(36),
-        lambda: "github_pat_" + draw(82, alphanumeric + "_"),
-        lambda: "glpat-" + draw(20),
-        lambda: f"xoxb-{digits(rng, 12)}-{digits(rng, 12)}-{draw(24)}",
-        lambda: "sk_live_" + draw(24),
-        lambda: "sk-" + draw(48),
-        lambda: "sk-ant-api03-" + draw(93),
-        lambda: "hf_" + draw(34),
-        lambda: "AIza" + draw(35),
-        lambda: f"SG.{draw(22)}.{draw(43)}",
-        lambda: "npm_" + draw(36),
-        lambda: f"eyJ{draw(33)}.eyJ{draw(60)}.{draw(43)}",
-        lambda: (
-            "-----BEGIN RSA PRIVATE KEY-----\n"
-            + "\n".join(draw(64, alphanumeric + "+/") for _ in range(8))
-            + "\n-----END RSA PRIVATE KEY-----"
-        ),
-        lambda: "-----BEGIN OPENSSH PRIVATE KEY-----\n" + draw(70) + "\n-----END OPENSSH PRIVATE KEY-----",
-    ]
-    if rng.random() < 0.6:
-        return rng.choice(known)(), rng.choice(["", 'key = "', "token: ", "export X="])
-    value = draw(rng.randrange(16, 48))
-    if sum(c.isdigit() for c in value) < 2:
-        value += "7q4"
-    name = rng.choice(
-        ["password", "api_key", "API-KEY", "client_secret", "auth_token", "secretKey", "DB_PASSWORD", "access_key"]
-    )
-    return value, rng.choice([f'{name} = "', f"{name}='", f'"{name}": "', f"{name}: ", f"{name}="])
-
-
 MAKERS = {
     "email": email,
     "phone": phone,
@@ -386,19 +350,6 @@ LOOKALIKES = {
     "hash": lambda rng: f"commit {rng.getrandbits(160):040x}",
     "md5": lambda rng: f"md5 {rng.getrandbits(128):032x}",
     "part": lambda rng: f"{rng.choice(['RTX', 'AB', 'XJ'])}-{digits(rng, 4)}{rng.choice(string.ascii_uppercase)}",
-    "code": lambda rng: rng.choice(
-        [
-            "token = tokenizer.encode(text)",
-            "password = getpass.getpass()",
-            "key = os.environ['API_KEY']",
-            'secret: "${SECRET_1}"',
-            "api_key=YOUR_API_KEY_123",
-            'password = "changeme123"',
-            "self.token_type = token_types[0]",
-            "access_key = config.access_key_2",
-            "primary_key=True, key=lambda x2: x2",
-        ]
-    ),
     "phone-like": lambda rng: f"{digits(rng, 3)} {digits(rng, 2)} {digits(rng, 3)} items",
     "table": lambda rng: " ".join(digits(rng, rng.randrange(1, 5)) for _ in range(12)),
     "math": lambda rng: f"{digits(rng, 3)} + {digits(rng, 4)} = {digits(rng, 5)}",
@@ -411,6 +362,7 @@ LOOKALIKES = {
     ),
     "range": lambda rng: f"pages {rng.randrange(100, 300)}-{rng.randrange(300, 999)}",
     "arxiv": lambda rng: f"arXiv:{digits(rng, 4)}.{digits(rng, 5)}",
+    **SECRET_LOOKALIKES,
     "doi": lambda rng: f"doi:10.{digits(rng, 4)}/s{digits(rng, 5)}-{digits(rng, 3)}-{digits(rng, 5)}-{digits(rng, 1)}",
 }
 
@@ -427,6 +379,10 @@ def personal(seed, count):
     made = []
     for name, make in MAKERS.items():
         for _ in range(count):
+            if name == "secret":  # what stands around it is half of it
+                datum, text = make(rng)
+                made.append((name, datum, rng.choice(["", "See below:\n", "# "]) + text + rng.choice(["", "\n", " "])))
+                continue
             datum, words = make(rng)
             closing = {"<": ">", "(": ")", "[": "]"}.get(
                 words[:1], '"' if words.endswith('"') else "'" if words.endswith("'") else ""
