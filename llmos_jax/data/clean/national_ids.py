@@ -96,9 +96,8 @@ _NAMED = (
 KINDS = tuple(sorted({rule.kind for rule in _ANYWHERE + _NAMED}))
 # How far before and after a number its name may stand, characters.
 _BEFORE, _AFTER = 60, 25
-# Numbers without six digits in a row; they start with five capitals, and a digit follows.
+# Numbers without six digits in a row; they start with five or six capitals, and a digit follows.
 _FEW_DIGITS = ("it_codice_fiscale", "in_pan")
-_FIVE_CAPITALS = re.compile(r"[A-Z]{5}(?=[0-9]{4}[A-Z]|[A-Z][0-9L-V]{2}[A-Z])", re.ASCII)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -120,9 +119,8 @@ class NationalIds:
     def find(self, view):
         """Yields (start, end, kind) for a `pii_view.View`."""
         text = view.text
-        for start in view.capitals:
-            if _FIVE_CAPITALS.match(text, start):
-                yield from self._of_few_digits.find(text, start, start + 16)
+        for place in view.capitals:
+            yield from self._of_few_digits.find(text, max(0, place - 6), place + 12)
         for start, end in view.runs:
             # A little more than the run, for what may not follow it.
             yield from self._of_digits.find(text, start, end + 2)

@@ -21,9 +21,8 @@ _DOMAIN = re.compile(
     r"|\[(?:IPv6:)?[0-9A-Fa-f.:]{3,45}\])"
 )
 # Other ways of writing an @, and the dot: `name [at] host [dot] org`, `name%40host.org`, `name&#64;host.org`.
-_SPELT_AT = re.compile(r"[\[({<] ?at ?[\])}>] ?|%40|&#0{0,2}64;|&#x0{0,2}40;|&commat;")
+_SPELT_AT = re.compile(r"[\[({<%&](?:(?<![%&]) ?at ?[\])}>] ?|(?<=%)40|(?<=&)(?:#0{0,2}64|#x0{0,2}40|commat);)")
 _SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({<] ?dot ?[\])}>]|&#46;|\.) ?[\w-]{2,24}){1,4}")
-_SPELT = ("at]", "at)", "at}", "at>", "at ]", "at )", "at }", "%40", "&#64;", "&#064;", "&#x40;", "&#x040;", "&commat;")
 # `name at host dot org`: only with an ending that is no word of a sentence about dots.
 _SPOKEN = re.compile(
     r"[\w.+-]{1,64}(?: dot [\w.+-]{1,40}){0,3} at (?:[\w-]{1,63} dot ){1,4}(?:com|org|net|edu|gov|info|io|dev|app|co|uk|de"
@@ -71,13 +70,12 @@ class Email:
             if domain and start < place and not self._is_other(text, domain):
                 yield start, domain.end(), "email"
             place = text.find("@", place + 1)
-        if any(mark in view.lowered for mark in _SPELT):
-            for mark in _SPELT_AT.finditer(view.lowered):
-                domain = _SPELT_DOMAIN.match(view.lowered, mark.end())
-                before = mark.start() - text.endswith(" ", 0, mark.start())
-                start = domain and self._start(text, before)
-                if domain and start < before and not self._is_other(text, domain):
-                    yield start, domain.end(), "email"
+        for mark in _SPELT_AT.finditer(view.lowered):
+            domain = _SPELT_DOMAIN.match(view.lowered, mark.end())
+            before = mark.start() - text.endswith(" ", 0, mark.start())
+            start = domain and self._start(text, before)
+            if domain and start < before and not self._is_other(text, domain):
+                yield start, domain.end(), "email"
         place = view.lowered.find(" dot ")
         while place >= 0:
             match = _SPOKEN.search(view.lowered, max(0, place - 140), place + 140)

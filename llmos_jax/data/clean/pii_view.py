@@ -5,8 +5,8 @@ import re
 
 # Six digits and more with at most three separators between two of them: where numbers of all kinds are looked for.
 _RUN = re.compile(r"[0-9](?:[ .\-/()_]{0,3}+[0-9]){5,}+")
-# Words that begin as some ids do.
-_CAPITALS = re.compile(r"[A-Z](?<!\w.)[A-Z]{4}", re.ASCII)
+# The first digit behind five capitals: some ids have no six digits in a row.
+_BEHIND_CAPITALS = re.compile(r"[0-9](?<=[A-Z]{5}.)")
 
 # Other spellings of characters that data are made of, one for one: spaces, hyphens and dashes, wide and Arabic digits.
 _PLAIN = (
@@ -25,7 +25,8 @@ class View:
     """
 
     def __init__(self, text):
-        self.text = text.translate(_PLAIN) if not text.isascii() and _NOT_PLAIN.search(text) else text
+        # By places: `translate` asks for every character of a text, and few have any to change.
+        self.text = text if text.isascii() else _NOT_PLAIN.sub(lambda match: _PLAIN[ord(match[0])], text)
         self.lowered = self.text.lower()
         if len(self.lowered) != len(text):  # a few letters become two
             self.lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in self.text)
@@ -33,8 +34,8 @@ class View:
 
     @functools.cached_property
     def capitals(self):
-        """Where words start that begin with five capitals."""
-        return [match.start() for match in _CAPITALS.finditer(self.text)]
+        """Where digits stand behind five capitals."""
+        return [match.start() for match in _BEHIND_CAPITALS.finditer(self.text)]
 
 
 def compact(value):

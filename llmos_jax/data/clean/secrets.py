@@ -61,7 +61,7 @@ _LONGEST_KEY = 20_000
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.\[-])")
 
 # ---- names that say what the value behind them is
-_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "kennwort", "contraseña", "senha", "пароль", "密码")
+_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contraseña", "senha", "пароль", "密码")
 _NAMES = (*_PASSWORD_NAMES, "token", "key")
 # A key needs a word before it that says whose.
 _KEY_OF = re.compile(r"(?:api|access|private|auth|secret|encryption|master|account|client|signing|deploy|service|aes)[ _-]?\Z")
@@ -133,14 +133,14 @@ class Secrets:
         """Yields (start, end, "secret")."""
         text, lowered = view.text, view.lowered
         # Literals are looked for in long words alone, an eighth of most texts.
-        words = "\n".join([word for word in text.split() if len(word) > 13])
+        words = "\n".join([word for word in text.split() if len(word) > 19])
         for literal, pattern in self._known.items() if words else ():
             if literal in words:
                 for match in pattern.finditer(text):
                     yield match.start(), match.end(), "secret"
         if _PRIVATE_KEY in text:
             yield from _private_keys(text)
-        if "://" in words:
+        if "://" in text:
             for match in _URL_PASSWORD.finditer(text):
                 if not _is_stand_in(match[1]) and not re.match(r"\d{1,5}[?#]", match[1]):
                     yield match.start(1), match.end(1), "secret"
