@@ -90,13 +90,16 @@ _CLOSERS = {")": "(", "]": "[", "}": "{", ">": "<"}
 
 # ---- values that are none
 _STAND_IN = re.compile(
-    r"\$[\{\(]|\A\$[a-z_]|%\(|\A%\w|\{\{|\A\{.*\}\Z|\A<.*>|\A\[.*\]\Z|#\{|<%|\.\.\.|\*\*\*|xxxx|\A@.*@\Z|example|change[_-]?(?:me|it|this)"
-    r"|place[_-]?holder|(?<![a-z])your|replace[_-]|insert[_-]|(?<![a-z])enter[_-]|redacted|(?<![a-z])dummy|(?<![a-z])sample|(?<![a-z])fake"
+    r"\$[\{\(]|\A\$[a-z_]\w*\Z|%\(|\A%\w|\{\{ ?\w+ ?\}\}|\A\{.*\}\Z|\A<.*>|\A\[.*\]\Z|#\{\w+\}|<%|\.\.\.|\*\*\*|xxxx|\A@.*@\Z"
+    r"|example|change[_-]?(?:me|it|this)"
+    r"|place[_-]?holder|(?<![a-z])your(?![a-z])"
+    r"|replace[_-]|insert[_-]|(?<![a-z])enter[_-]|redacted|(?<![a-z])dummy|(?<![a-z])sample"
+    r"|(?<![a-z])fake"
     r"|[_-]here\b|process\.env|os\.environ|getenv",
     re.IGNORECASE,
 )
 _NO_WORDS = re.compile(
-    r"(?:my|your|the|an?|some|user|db|new|old|test|api|auth|access|super|secret|password|passwort|passwd|passphrase|pwd|pass|token|key|value"
+    r"(?:my|your|the|some|user|db|new|old|test|api|auth|access|super|secret|password|passwort|passwd|passphrase|pwd|pass|token|key|value"
     r"|none|null|nil|undefined|true|false|string|str|text|bytes|int|required|optional|default|empty|hidden|not|real|foo|bar|baz|abc|todo"
     r"|name|file|username|varchar|here|it|me|is|input|prompt|confirm|repeat|credentials?|secrets?|passwords?|tokens?|keys?|client|private)+",
     re.IGNORECASE,
@@ -218,7 +221,7 @@ def _value_behind(text, lowered, name, place):
         is_named = bool(is_option or is_statement)
         if not (is_option or is_for_people):
             return None
-        start = is_statement.end() if is_statement else start
+        start, is_for_people = is_statement.end() if is_statement else start, True
     if separator["xml"]:
         end = text.find("</", start, start + 200)
         is_element = end > 0 and _TAG.search(text, max(0, place - 40), place)

@@ -44,8 +44,11 @@ def email(rng):
     locale = rng.choice(["en_US", "de_DE", "fr_FR", "pl_PL", "pt_BR"])
     fake = faker(locale)
     plain = rng.choice([fake.ascii_free_email, fake.ascii_company_email, fake.company_email, fake.free_email])()
-    form = rng.randrange(8)
+    form = rng.randrange(9)
     local, domain = plain.split("@")
+    if form == 8:
+        mark = rng.choice(["\uff20", "@\u200b", "%40", "&#64;", "(at)", " AT "])
+        return f"{local}{mark}{domain.replace('.', ' DOT ') if mark == ' AT ' else domain}", ""
     if form == 0:
         return f"{local}+news@{domain}", ""
     if form == 1:
@@ -69,7 +72,14 @@ def phone(rng):
             break
     forms = phonenumbers.PhoneNumberFormat
     named = rng.choice(["Phone: ", "Tel. ", "call me at ", "mobile ", "Fax: ", "Telefon: ", "WhatsApp "])
-    form = rng.randrange(6)
+    form = rng.randrange(7)
+    if form == 6:
+        national = phonenumbers.format_number(number, forms.NATIONAL)
+        if region == "FR":
+            return national.replace(" ", "."), ""
+        if region == "DE":
+            return national.replace(" ", " / ", 1), named
+        return str(number.national_number) if region == "US" else national, rng.choice(["phone=", "tel ", "phone_number: "])
     if form == 0:
         return phonenumbers.format_number(number, forms.INTERNATIONAL), ""
     if form == 1:
@@ -125,7 +135,10 @@ def credit_card(rng):
     body = prefix + digits(rng, length - len(prefix) - 1)
     number = body + luhn_digit(body)
     sizes = {16: (4, 4, 4, 4), 15: (4, 6, 5), 14: (14,), 19: (4, 4, 4, 4, 3)}[length]
-    return grouped(number, sizes, rng.choice(["", " ", "-"])), rng.choice(["", "Visa ", "paid with "])
+    if length == 15 and rng.random() < 0.3:
+        sizes = (4, 4, 4, 3)
+    separator = rng.choice(["", " ", "-", "\u00a0", "\u2013", ".", "  ", "\u202f", "_"])
+    return grouped(number, sizes, separator), rng.choice(["", "Visa ", "paid with "])
 
 
 def iban(rng):
@@ -142,7 +155,9 @@ def iban(rng):
         body = "".join(rng.choice(string.ascii_uppercase) for _ in range(letters)) + digits(rng, length - 4 - letters)
         number = int("".join(str(int(c, 36)) for c in body + country + "00"))
         text = f"{country}{98 - number % 97:02d}{body}"
-    return rng.choice([text, grouped(text, (4,) * 9, " ").strip()]), rng.choice(["", "IBAN: ", "account "])
+    spaced = rng.choice([" ", "-", "\u00a0"])
+    spellings = [text, grouped(text, (4,) * 9, spaced).strip(spaced), text.lower()]
+    return rng.choice(spellings), rng.choice(["", "IBAN: ", "account ", "IBAN"])
 
 
 # Country: length, leading letters of the account; only countries whose accounts have no further check digits.
@@ -224,7 +239,8 @@ def _nino(rng):
 _ANY = ["", "ID: ", "(", "number "]
 _NATIONAL = {
     "us_ssn": _from("en_US", "ssn", _ANY),
-    "us_ssn_bare": _from("en_US", "ssn", ["SSN ", "social security number: "], lambda s: s.replace("-", "")),
+    "us_ssn_bare": _from("en_US", "ssn", ["SSN ", "my social is "], lambda s: s.replace("-", " ")),
+    "us_ssn_dashes": _from("en_US", "ssn", _ANY, lambda s: s.replace("-", "\u2013")),
     "us_itin": _from("en_US", "itin", _ANY),
     "ca_sin": _from("en_CA", "ssn", ["SIN: ", "social insurance number "]),
     "gb_nino": (_nino, _ANY),
