@@ -72,7 +72,7 @@ def test_no_planted_datum_survives(planted, tmp_path, is_first):
     assert report["documents"] == (len(data) - 1) * (1 + is_first)
     for kind, entry in report["kinds"].items():  # the page counts what later steps removed, too
         assert f"<td class='left'>{kind}</td><td class='right'>{entry['count']:,}</td>" in page
-    assert sum(entry["count"] for entry in report["kinds"].values()) >= len(data)
+    assert sum(entry["count"] for entry in report["kinds"].values()) >= len(data) - 1
     assert not any(datum in pii_audit.format_audit(report) for datum in data)
     # The raw shards are work, not result; they go when garbage is collected.
     assert survivors(tmp_path, data)
