@@ -11,7 +11,7 @@ Options (`--config=experiments/prepare.py:data=PATH+PATH,chain=web`):
                  thresholds of FineWeb: Penedo et al. 2024), code, or none (documents as they are read)
     evaluations  files or folders of evaluation texts: documents that hold 13 words in a row of one are removed
     pii          personal data: label ([EMAIL] in its place) or none; web: label, all others: none. Where the step is, it comes
-                 last, and no file of the dataset holds what it found (needs 'llmos-jax[privacy]')
+                 last, and no text of the dataset holds what it found (needs 'llmos-jax[privacy]')
     sample       share of the documents that are taken, chosen by their keys (1: all)
     licence      licence of these sources, kept with every document
     smoke        a small part of the standard library: proves that everything works, in seconds

@@ -171,11 +171,12 @@ def load(directory, *, step=None, mesh=None, dtype=None):
     from llmos_jax.serve.model import LanguageModel
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train.settings import Settings, TrainConfig
-    from llmos_jax.train.state import describe_model
+    from llmos_jax.train.state import describe_model, in_stored_order
 
     if huggingface.is_source(directory):
         prepare_platform(TrainConfig())
         settings, handle, params, tokenizer = convert.load_model(directory, mesh, dtype)
+        params = in_stored_order(params, handle)
         family = config.unit("llmos_jax.models", settings.model.name)
         return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, handle.placement))
     directory = pathlib.Path(directory)
@@ -189,7 +190,7 @@ def load(directory, *, step=None, mesh=None, dtype=None):
     model = dataclasses.replace(settings.model, expert_capacity=None)  # what it drops depends on tokens yet to come
     handle = describe_model(functools.partial(family.build, model, placement), placement)
     key = "params" if settings.optim.ema is None else "ema"
-    params = _restore_params(directory, handle.abstract, step=step, key=key)
+    params = in_stored_order(_restore_params(directory, handle.abstract, step=step, key=key), handle)
     tokenizer = load_tokenizer(directory / "tokenizer.json")
     return LanguageModel(settings, params, Generator(handle, family, settings.model, tokenizer, placement))
 

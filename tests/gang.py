@@ -54,7 +54,7 @@ def launch_command(directory, *, processes, devices=1, options=(), **overrides):
     ]
 
 
-def launch(directory, *, fault="", timeout=240, **choices):
+def launch(directory, *, fault="", timeout=480, **choices):
     """Runs a gang to its end. After `timeout` seconds its processes dump their stacks into the run directory's logs."""
     environment = os.environ | {"LLMOS_FAULT": fault}
     process = subprocess.Popen(launch_command(directory, **choices), stderr=subprocess.PIPE, text=True, env=environment)

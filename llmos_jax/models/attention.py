@@ -5,6 +5,7 @@ sees j of the same id. `reference` is the numeric truth that every other form is
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ _PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla", "blocked"), "tpu": ("
 _SPLASH_TILES = (512, 384, 256, 128)
 # A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
 _CACHED_ROWS = 512
+# XLA:CPU's library packs keys for a product of two heads or more; so few are faster one by one, on threads of their own.
+_SINGLE_HEADS = 4
 
 
 def attend(
@@ -91,7 +94,7 @@ def attend_cached(query_BLHK, past, recent, past_B, start, *, window=None, scale
     for begin in range(0, length, _CACHED_ROWS):
         rows = slice(begin, min(begin + _CACHED_ROWS, length))
         seen = _seen_in_cache(recent_L[rows], past, recent, past_B, window)
-        outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], parts, seen, softcap))
+        outputs.append(_attend_part(query_GBRLK[:, :, :, rows], parts, seen, softcap))
     output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
@@ -348,6 +351,19 @@ def _seen_in_cache(recent_L, past, recent, past_B, window):
 
 def _capped(scores, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _attend_part(query_GBRLK, parts, seen_BLM, softcap):
+    """Returns `_attend_rows`, in the form that is fast for the shape at hand."""
+    _, batch, heads, length, _ = query_GBRLK.shape
+    whole = functools.partial(_attend_rows, softcap=softcap)
+    if length > 1 or batch == 1 or not 1 < heads <= _SINGLE_HEADS or parts[0][0].dtype != jnp.float32:
+        return whole(query_GBRLK, parts, seen_BLM)
+
+    def one_by_one(query_GBRLK, parts, seen_BLM):
+        return jnp.concatenate([whole(query_GBRLK[:, :, head : head + 1], parts, seen_BLM) for head in range(heads)], 2)
+
+    return lax.platform_dependent(query_GBRLK, parts, seen_BLM, cpu=one_by_one, default=whole)
 
 
 def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):

@@ -84,14 +84,15 @@ def search(engine, prompts, decode, *, beams, max_tokens, length_penalty):
     searches = []
     for prompt in prompts:
         room = engine.config.context + 1 - len(prompt)
-        stretched, longest = engine.config.stretched_from, len(prompt) + max_tokens
-        if stretched is not None and longest > stretched:
+        limit, stretched = min(max_tokens, room), engine.config.stretched_from
+        longest = len(prompt) + limit - 1  # the last token is never read
+        if stretched is not None and longest > max(stretched, len(prompt)):
             raise ConfigError(
                 f"beam search over rows of up to {longest} tokens: beyond {stretched} this model's rotary positions depend on "
                 "a row's length, and beams would not be comparable; lower max_tokens, or use `generate`."
             )
         reason = "length" if max_tokens <= room else "context"
-        searches.append(_Search(prompt, beams, min(max_tokens, room), length_penalty, reason))
+        searches.append(_Search(prompt, beams, limit, length_penalty, reason))
     sampling = SamplingConfig(
         max_tokens=1,
         temperature=0.0,

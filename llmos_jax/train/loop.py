@@ -262,9 +262,15 @@ def _train(run, evaluate, sample, initial_params, launched):
         # ---- The end: last metrics, evaluation, samples, checkpoint.
         flush(pending)
         pending = []
-        evaluate_state()
-        sample_state()
         compare_replicas(True)
+        try:
+            evaluate_state()
+            sample_state()
+        except Exception as error:
+            if not isinstance(error, Preempted) and not distributed.is_peer_loss(error):  # it must not cost what was trained
+                _save(run, state, position)
+                _require_saved(run, position)
+            raise
         with account.spend("save_block"):
             _save(run, state, position)
     except Preempted:

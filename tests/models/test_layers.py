@@ -91,7 +91,7 @@ def test_parameter_refuses_unmatched_axes():
 @pytest.mark.parametrize(
     ("sizes", "vocab", "length"),
     [
-        ({"model": 8}, 64, 16),
+        ({"model": 8}, 64, 24),  # 96 tokens: no other array may have the table's shape
         ({"pipeline": 2, "data": 2, "model": 2}, 64, 6),
         ({"data": 2, "model": 4}, 64, 7),
         ({"model": 8}, 60, 16),

@@ -12,7 +12,7 @@ from tests.gang import launch, losses
 
 pytestmark = pytest.mark.timeout(900)  # six starts of a gang, on a machine that others use, too
 STEPS, KEPT = 24, 4
-RUN = {"train__steps": STEPS, "checkpoint__every_steps": 4, "checkpoint__keep": 10}
+RUN = {"train__steps": STEPS, "model__layers": 2, "checkpoint__every_steps": 4, "checkpoint__keep": 10}
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +44,14 @@ def test_one_process_writes_and_the_others_keep_a_log(four):
     assert summary["step"] == STEPS and set(summary["evaluation"]) >= {"loss", "bits_per_byte"}
 
 
-@pytest.mark.parametrize(("processes", "devices", "tolerance"), [(2, 2, 0.0), (1, 4, 1e-6)], ids=["2x2", "1x4"])
+@pytest.mark.parametrize(("processes", "devices", "tolerance"), [(2, 2, 0.0), (1, 4, 1e-5)], ids=["2x2", "1x4"])
 def test_other_numbers_of_processes_have_the_same_losses(processes, devices, tolerance, four, tmp_path):
     done = launch(tmp_path, processes=processes, devices=devices, train__evaluate_every_steps=10, **RUN)
     assert done.code == 0, done.text
     for curve in (losses, evaluations):
         ours, theirs = curve(tmp_path), curve(four[0])
         assert list(ours) == list(theirs)
-        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=0, atol=tolerance)
+        np.testing.assert_allclose(list(ours.values()), list(theirs.values()), rtol=tolerance)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,6 @@ import pytest
 
 from llmos_jax import api
 from llmos_jax.compute import host
-from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -25,8 +24,10 @@ from llmos_jax.errors import (
     RunDirectoryError,
     TrainingDiverged,
 )
+from llmos_jax.serve.generate import Generator
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train import loop
+from llmos_jax.train.checkpoint import verify_checkpoints
 from llmos_jax.train.directory import DONE_FILE
 from llmos_jax.train.metrics import read_metrics
 
@@ -89,16 +90,39 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
     assert samples and all(sample["prompt"] for sample in samples[-1])
 
 
-def test_a_run_over_stages_samples_what_one_device_does(tmp_path):
-    """Training ends with samples, which are drawn where the parameters lie: in several blocks a stage, and cut three ways."""
-    stages = dict(mesh__pipeline=2, mesh__pipeline_repeats=2, mesh__data=2, mesh__model=2, model__layers=4)
-    settings = settings_for(train__steps=4, task__sample_tokens=12, **stages)
-    api.run_training(settings, tmp_path)
-    samples = [entry["samples"] for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry][-1]
-    sampling = SamplingConfig(max_tokens=12, temperature=settings.task.temperature, seed=settings.seed)
-    drawn = api.load(tmp_path, mesh=MeshConfig(data=8)).generate(settings.task.prompts, sampling)
-    assert [sample["text"] for sample in samples] == [done.text for done in drawn]
+def test_a_run_goes_over_stages_and_back(tmp_path):
+    """Saved in the layers' natural order, drawn from and read where they lie: in several blocks a stage, and cut three ways."""
+    common = dict(model__layers=4, model__dropout=0.0, optim__schedule="constant", optim__warmup=0.0, task__sample_tokens=12)
+    stages = dict(mesh__pipeline=2, mesh__pipeline_repeats=2, mesh__data=2, mesh__model=2)
+    api.run_training(settings_for(train__steps=6, **common), tmp_path / "plain")
+    for steps, mesh in ((2, stages), (4, {}), (6, stages)):
+        settings = settings_for(train__steps=steps, **common, **mesh)
+        api.run_training(settings, tmp_path / "over")
+    curves = [losses(tmp_path / name) for name in ("plain", "over")]
+    assert list(curves[0]) == list(curves[1]) == [1, 2, 3, 4, 5, 6]
+    np.testing.assert_allclose(list(curves[1].values()), list(curves[0].values()), rtol=1e-5)
+
+    samples = [entry["samples"] for entry in read_metrics(tmp_path / "over" / "metrics.jsonl") if "samples" in entry][-1]
     assert len(set(samples[0]["text"])) > 3
+    sampling = SamplingConfig(max_tokens=12, temperature=settings.task.temperature, seed=settings.seed)
+    whole, staged = api.load(tmp_path / "over"), api.load(tmp_path / "over", mesh=settings.mesh)
+    drawn = whole.generate(settings.task.prompts, sampling)
+    assert [sample["text"] for sample in samples] == [done.text for done in drawn]
+    scores = [model.score(["def "], ["foo(bar)"])[0].loglikelihood for model in (whole, staged)]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5)
+
+
+def test_what_was_trained_outlives_its_samples(tmp_path, monkeypatch):
+    """An error in the last evaluation or samples does not cost the steps, and the same command does what is missing."""
+    settings = settings_for(train__steps=4, checkpoint__every_steps="none")
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "generate", lambda *given: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            api.run_training(settings, tmp_path)
+    assert [row.step for row in verify_checkpoints(tmp_path / "checkpoints") if row.is_good] == [4]
+    assert api.run_training(settings, tmp_path)["step"] == 4
+    assert list(losses(tmp_path)) == [1, 2, 3, 4]
+    assert len([entry for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry]) == 1
 
 
 def test_resumed_run_is_bitwise_the_same(uninterrupted, tmp_path):
