@@ -55,8 +55,12 @@ _KNOWN = {
 }
 _PRIVATE_KEY = "-----BEGIN "
 _BEGIN = re.compile(r"-----BEGIN ([A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?)-----")
-# A block without an end is cut here: no key is longer.
-_LONGEST_KEY = 20_000
+# What tells a key from its mention; the lines of one without an end.
+_KEY_BODY = re.compile(r"[0-9A-Za-z+/]{24,}+")
+_KEY_LINES = re.compile(
+    r"(?:\s?[A-Z][\w-]{2,20}: [^\n]{1,100}|[\s\"'+,\\]{1,12}+(?:n(?=\S{20}))?[0-9A-Za-z+/=]{20,}+){0,400}+", re.ASCII
+)
+_BEFORE_BODY, _LONGEST_KEY = 300, 20_000
 # The last @ before the host ends the password: people write one into it unescaped.
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.\[-])")
 
@@ -74,15 +78,16 @@ _IS_ABOUT = re.compile(
     re.IGNORECASE,
 )
 _SEPARATOR = re.compile(
-    r"(?:\\?[\"'`])?\]?(?:(?P<xml>>)|(?P<space> {1,3}(?=[^\s:=]))|\s{0,3}(?::\s?[A-Za-z_]\w{0,20}\s?)?"
+    r"(?:\\?[\"'`])?\]?(?:(?P<xml>>)|(?P<space> {1,3}(?=[^\s:=]))|\s{0,3}(?::\s?[A-Za-z_]\w{0,20}(?: (?==[^=])|(?==[\"'])))?"
     r"(?P<sign>=>|:=|=(?!=)|:(?!:))[ \t]{0,3})",
     re.ASCII,
 )
 _OPTION = re.compile(r"(?<![\w-])--[\w-]{0,28}\Z")
-# A line of a shell script or an .env file, up to its value.
-_SETTING = re.compile(r"\s*(?:export |set |ENV )?[A-Z][A-Z0-9_]*=|(?:export )?[a-z][\w-]*=", re.ASCII)
+# A line of a shell script or an .env file, up to its value; it may be a comment.
+_SETTING = re.compile(r"\s*(?:[#;] ?)?(?:export |set |ENV )?[A-Z][A-Z0-9_]*=|(?:export )?[a-z][\w-]*=", re.ASCII)
 _TAG = re.compile(r"<[\w:-]{0,39}\Z")
 _PROSE_IS = re.compile(r"(?:is|was|=) ", re.IGNORECASE)
+_ENCLOSED = re.compile(r"[^\s()]{6,100}\)")
 _QUOTED = re.compile(r"[rbfu]?\\?([\"'`])((?:(?!\1)[^\s\\]|\\[^\s\"'`]){6,300})\\?\1")
 _BARE = re.compile(r"[^\s\"'`<]{6,300}")
 _OTHER_FIELD = re.compile(r"[;&,][\w ]{1,30}=|[,;]?\\?[\"'`]|\\n")
@@ -90,7 +95,7 @@ _CLOSERS = {")": "(", "]": "[", "}": "{", ">": "<"}
 
 # ---- values that are none
 _STAND_IN = re.compile(
-    r"\$[\{\(]|\A\$[a-z_]\w*\Z|%\(|\A%\w|\{\{ ?\w+ ?\}\}|\A\{.*\}\Z|\A<.*>|\A\[.*\]\Z|#\{\w+\}|<%|\.\.\.|\*\*\*|xxxx|\A@.*@\Z"
+    r"\$[\{\(]\w|\A\$[a-z_]\w*\Z|%\(|\A%\w|\{\{ ?\w+ ?\}\}|\A\{.*\}\Z|\A<.*>|\A\[.*\]\Z|#\{\w+\}|<%|\.\.\.|\*\*\*|xxxx|\A@.*@\Z"
     r"|example|change[_-]?(?:me|it|this)"
     r"|place[_-]?holder|(?<![a-z])your(?![a-z])"
     r"|replace[_-]|insert[_-]|(?<![a-z])enter[_-]|redacted|(?<![a-z])dummy|(?<![a-z])sample"
@@ -101,12 +106,19 @@ _STAND_IN = re.compile(
 _NO_WORDS = re.compile(
     r"(?:my|your|the|some|user|db|new|old|test|api|auth|access|super|secret|password|passwort|passwd|passphrase|pwd|pass|token|key|value"
     r"|none|null|nil|undefined|true|false|string|str|text|bytes|int|required|optional|default|empty|hidden|not|real|foo|bar|baz|abc|todo"
-    r"|name|file|username|varchar|here|it|me|is|input|prompt|confirm|repeat|credentials?|secrets?|passwords?|tokens?|keys?|client|private)+",
+    r"|name|file|username|varchar|here|it|me|is|input|prompt|confirm|repeat|credentials?|secrets?|passwords?|tokens?|keys?|client|private"
+    r"|sha|md|hmac|base|bits?|rfc|utf|aes|pbkdf|b?crypt)+",
     re.IGNORECASE,
 )
-_CODE = re.compile(r"[A-Za-z_][\w.]*(?:\(|\[|->|::|<)|[$&*@%!(\[{<]|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+[;,)]*\Z", re.ASCII)
+# Calls, subscripts, references; attributes, which seldom end in a year or another number of four digits.
+_ATTRIBUTE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?<!\d{4})[;,)]*\Z"
+_CODE = re.compile(
+    rf"[A-Za-z_][\w.]*(?:[(\[](?:[\w()\[\].*$:-]|&\w|\Z)|->|::|<)|[$&*@%!(\[{{<]|{_ATTRIBUTE}",
+    re.ASCII,
+)
+_ATTRIBUTE = re.compile(_ATTRIBUTE, re.ASCII)
 _ADDRESS, _PATH = re.compile(r"\w+://"), re.compile(r"[~.]{0,2}/\w")
-_QUANTITY = re.compile(r"[\d.,]+[-_ ]?[A-Za-z]{0,12}|v?\d+(?:\.\d+)+\S{0,8}|0x[0-9A-Fa-f]+")
+_QUANTITY = re.compile(r"[\d.,]+[-_ ]?(?:[a-z]{0,12}|[A-Za-z]{0,3})|v?\d+(?:\.\d+)+\S{0,8}|0x[0-9A-Fa-f]+")
 # Letters of a word that is none: words that someone joined.
 _PHRASE = 16
 _HARD_SYMBOL = re.compile(r"[!@#$%^&*+?~|;{}()\[\]]")
@@ -153,7 +165,7 @@ class Secrets:
         for command, pattern in _COMMANDS.items():
             if command in lowered:
                 for match in pattern.finditer(text):
-                    if not _is_stand_in(match[1]) and _is_password(match[1]):
+                    if not _is_stand_in(match[1]) and (_is_password(match[1]) or _is_phrase(match[1], 8)):
                         yield match.start(1), match.end(1), "secret"
 
     @staticmethod
@@ -165,11 +177,13 @@ class Secrets:
 def _private_keys(text):
     place = 0
     while match := _BEGIN.search(text, place):
+        place = match.end()
         end_mark = f"-----END {match[1]}-----"
-        limit = match.end() + _LONGEST_KEY
-        end = text.find(end_mark, match.end(), limit)
-        place = end + len(end_mark) if end >= 0 else min(limit, len(text))
-        yield match.start(), place, "secret"
+        end = text.find(end_mark, place, place + _LONGEST_KEY)
+        body = _KEY_BODY.finditer(text, place, min(end, place + _BEFORE_BODY) if end >= 0 else place + _BEFORE_BODY)
+        if any(is_random(part[0]) for part in body):
+            place = end + len(end_mark) if end >= 0 else _KEY_LINES.match(text, place).end()
+            yield match.start(), place, "secret"
 
 
 def _sent(text, lowered):
@@ -218,7 +232,8 @@ def _value_behind(text, lowered, name, place):
     if separator["space"]:  # --password VALUE, the password is VALUE, password VALUE
         is_option = _OPTION.search(text, max(0, place - 30), place)
         is_statement = _PROSE_IS.match(text, start)
-        is_named = bool(is_option or is_statement)
+        is_enclosed = text[place - 1 : place] == "(" and _ENCLOSED.match(text, start)
+        is_named = bool(is_option or is_statement or is_enclosed)
         if not (is_option or is_for_people):
             return None
         start, is_for_people = is_statement.end() if is_statement else start, True
@@ -241,7 +256,7 @@ def _bare_value(text, start, value, is_for_people, is_named):
     if len(value) < 6 or _is_stand_in(value):
         return None
     if text[end : end + 1] in ("", "\n", "\r") and _SETTING.fullmatch(line):
-        is_secret = _is_literal(value, is_for_people, "=")
+        is_secret = _is_literal(value, is_for_people, "=") and not _ATTRIBUTE.match(value)
     else:
         is_chosen = is_for_people and is_named and not _PATH.match(value)
         is_secret = not (_CODE.match(value) or _ADDRESS.match(value)) and (

@@ -13,6 +13,7 @@ from llmos_jax.errors import ConfigError
 from tests.data.clean import pii_corpus
 
 LEAST_RECALL, LEAST_PRECISION = 0.98, 0.95
+_KEY, _LINES = "-----BEGIN RSA PRIVATE KEY-----", "\nProc-Type: 4,ENCRYPTED\n\n" + "\n".join(["MIIEpAIBq8Zt" * 5] * 4)
 
 
 def find(text, **settings):
@@ -24,8 +25,10 @@ def clean(text, **settings):
     return cleaned
 
 
-def test_recall_and_precision_by_class():
-    items, others = pii_corpus.personal(seed=11, count=320), pii_corpus.lookalikes(seed=12, count=60)
+@pytest.mark.parametrize("seed", [11, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(901, 907))])
+def test_recall_and_precision_by_class(seed):
+    """Prints the table (`-s`); the slow ones are seeds that nothing was mended by."""
+    items, others = pii_corpus.personal(seed=seed, count=320), pii_corpus.lookalikes(seed=seed + 1, count=60)
     assert len(items) >= 2000 and len(others) >= 2000
     scan, found, wrong, missed = scanner(Pii()), collections.Counter(), collections.Counter(), collections.defaultdict(list)
     for name, datum, text in items:
@@ -37,9 +40,12 @@ def test_recall_and_precision_by_class():
         if not is_found:
             missed[name].append(text)
     wrong.update(f.name for _, text in others for f in scan.find(text))
+    recalls = {name: found[name] / 320 for name in pii_corpus.MAKERS}
+    precisions = {name: found[name] / (found[name] + wrong[name]) for name in pii_corpus.MAKERS}
+    print(seed, {name: (round(recalls[name], 3), round(precisions[name], 3)) for name in recalls})
     for name in pii_corpus.MAKERS:
-        assert found[name] / 320 >= LEAST_RECALL, (name, missed[name][:10])
-        assert found[name] / (found[name] + wrong[name]) >= LEAST_PRECISION, name
+        assert recalls[name] >= LEAST_RECALL, (name, missed[name][:10])
+        assert precisions[name] >= LEAST_PRECISION, name
 
 
 @pytest.mark.parametrize("name", list(pii_corpus._NATIONAL))
@@ -52,7 +58,7 @@ def test_every_national_id(name):
     found = [n for n in numbers for w in words[:1] if (n, "national_id") in find(f"He wrote: {w}{n}, and left.")]
     assert len(found) >= 18, sorted(set(numbers) - set(found))
     # One digit changed: what has a check digit is no longer one (nine of ten times and more); a form alone can't tell.
-    if name not in ("us_ssn", "us_ssn_bare", "us_itin", "gb_nino"):
+    if name not in ("us_ssn", "us_ssn_bare", "us_ssn_dashes", "us_itin", "gb_nino"):
         last = [place for place, c in enumerate(numbers[0]) if c.isdigit()][-1]
         changed = [n[:last] + str((int(n[last]) + 1) % 10) + n[last + 1 :] for n in numbers if n[last : last + 1].isdigit()]
         still = [n for n in changed for w in words[:1] if (n, "national_id") in find(f"He wrote: {w}{n}, and left.")]
@@ -87,6 +93,11 @@ def test_every_national_id(name):
         ("mysql -uroot -pS3cr3tP4ss", "S3cr3tP4ss", "secret"),
         ("password: hunter2", "hunter2", "secret"),
         ('password = "correcthorsebattery"', "correcthorsebattery", "secret"),
+        ("log in (password Rachel1994) and", "Rachel1994", "secret"),
+        ("(password SHA256)", "SHA256", None),
+        (f"cut off: {_KEY}{_LINES}\nnext", f"{_KEY}{_LINES}", "secret"),
+        (f"as '{_KEY}\\n{_LINES[-60:]}' in JSON", f"{_KEY}\\n{_LINES[-60:]}", "secret"),
+        (f'files with "{_KEY}", must be converted first, as all of us know by now', _KEY, None),
     ],
 )
 def test_single_forms(text, datum, name):
