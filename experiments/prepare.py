@@ -21,7 +21,7 @@ Steps are a list; any setting of one is reached by its name: `--config.steps.gop
 from ml_collections import ConfigDict
 
 from llmos_jax.config import parse_arg
-from llmos_jax.data.sources import parse_sources
+from llmos_jax.data.sources import parse_sources, split_paths
 from llmos_jax.errors import ConfigError
 
 DUPLICATES = [{"step": "exact_duplicates"}, {"step": "minhash_duplicates"}]
@@ -69,7 +69,7 @@ def get_config(arg=""):
     steps = [{"step": "sample", "share": options["sample"]}] if options["sample"] < 1 else []
     steps += CHAINS[options["chain"]]
     if options["evaluations"]:
-        steps.append({"step": "decontaminate", "paths": options["evaluations"].split("+")})
+        steps.append({"step": "decontaminate", "paths": split_paths(options["evaluations"])})
     pii = options["pii"] or ("label" if options["chain"] == "web" else "none")
     if pii not in ("label", "none"):
         raise ConfigError(f"pii={pii!r} is unknown; known: label, none (pseudonyms: --config.steps.pii.replacement=pseudonym).")

@@ -3,9 +3,9 @@
 import bz2
 import dataclasses
 import difflib
-import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import pathlib
@@ -15,7 +15,8 @@ from llmos_jax.config import fingerprint
 from llmos_jax.errors import ConfigError, DataError
 
 TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
-_CHUNK = 1 << 18
+# Bytes of compressed content that are taken at once, all of which give nothing where they are damaged; and of content.
+_CHUNK, _BUFFER = 1 << 14, 1 << 16
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -55,13 +56,13 @@ class SourceFile:
         """Returns a binary stream of the decompressed content; damage shows as one of `DAMAGE` while it is read."""
         raw, name = self.open_raw(), self.path.lower()
         if name.endswith(".gz"):
-            return gzip.GzipFile(fileobj=raw)
+            return io.BufferedReader(_gzip(raw), _BUFFER)
         if name.endswith(".bz2"):
             return bz2.BZ2File(raw)
         if name.endswith(".xz"):
             return lzma.LZMAFile(raw)
         if name.endswith(".zst"):
-            return io.BufferedReader(_ZstdFile(raw, self.path), _CHUNK)
+            return io.BufferedReader(_zstd(raw, self.path), _BUFFER)
         return raw
 
     def content_hash(self):
@@ -78,16 +79,16 @@ class SourceFile:
             return f"unreadable {error.errno}"
 
 
-class _ZstdFile(io.RawIOBase):
-    """A zstandard file of any number of frames, whose damage and early end are errors (the library's reader ends quietly)."""
+class _Frames(io.RawIOBase):
+    """A compressed file of any number of frames (members), whose damage and early end are errors.
 
-    def __init__(self, raw, path):
-        try:
-            import zstandard
-        except ImportError:
-            raise missing_extra("zstandard", path) from None
-        self._library, self._raw = zstandard, raw
-        self._frame, self._rest, self._ready = None, b"", memoryview(b"")
+    Bytes come out of one frame at a time, and of a short one after its checksum was compared: what is wrong with a frame shows
+    when it is read, not later. (The libraries' own readers end quietly, or read on before they compare.)
+    """
+
+    def __init__(self, raw, new_decoder, error):
+        self._raw, self._new_decoder, self._error = raw, new_decoder, error
+        self._decoder, self._rest, self._ready = None, b"", memoryview(b"")
 
     def readable(self):
         return True
@@ -96,17 +97,20 @@ class _ZstdFile(io.RawIOBase):
         while not self._ready:
             data = self._rest or self._raw.read(_CHUNK)
             if not data:
-                if self._frame is not None:
+                if self._decoder is not None:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
-            self._frame = self._frame or self._library.ZstdDecompressor().decompressobj()
+            if self._decoder is None and not (data := data.lstrip(b"\0")):  # what tapes are filled up with
+                self._rest = b""
+                continue
+            self._decoder = self._decoder or self._new_decoder()
             try:
-                self._ready = memoryview(self._frame.decompress(data))
-            except self._library.ZstdError as error:
+                self._ready = memoryview(self._decoder.decompress(data))
+            except self._error as error:
                 raise OSError(str(error)) from None
-            self._rest = self._frame.unused_data if self._frame.eof else b""
-            if self._frame.eof:
-                self._frame = None
+            self._rest = self._decoder.unused_data if self._decoder.eof else b""
+            if self._decoder.eof:
+                self._decoder = None
         count = min(len(buffer), len(self._ready))
         buffer[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
@@ -114,6 +118,18 @@ class _ZstdFile(io.RawIOBase):
     def close(self):
         self._raw.close()
         super().close()
+
+
+def _gzip(raw):
+    return _Frames(raw, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error)
+
+
+def _zstd(raw, path):
+    try:
+        import zstandard
+    except ImportError:
+        raise missing_extra("zstandard", path) from None
+    return _Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
 
 
 def is_remote(path):
@@ -124,15 +140,47 @@ def is_remote(path):
 def list_path(path):
     """Returns the SourceFiles of a file, of all files below a folder, or of a URL of either, in a fixed order.
 
-    Hidden files are passed over. ConfigError names what does not exist, DataError a folder without files.
+    Links to folders are followed; no folder is listed twice. Hidden files are passed over, and so are those of a Hugging Face
+    dataset folder that are none of the dataset's. ConfigError names what does not exist, DataError a folder without files.
     """
     files = _list_remote(path) if is_remote(path) else _list_local(path)
     if not files:
         raise DataError(f"data source {path} is an empty folder.")
+    return _without_beside_arrow(files)
+
+
+def _without_beside_arrow(files):
+    """Returns SourceFiles without what Hugging Face's `datasets` lays beside its .arrow files: its facts, and its caches."""
     arrow = {_parent(file.key) for file in files if file.path.endswith(".arrow")}
-    is_beside = [_parent(file.key) in arrow and file.key.rsplit("/", 1)[-1] in _BESIDE_ARROW for file in files]
-    is_listing = [arrow and file.key == "dataset_dict.json" for file in files]
-    return [file for file, *skips in zip(files, is_beside, is_listing, strict=True) if not any(skips)]
+    if not arrow:
+        return files
+    states = {_parent(file.key): file for file in files if _name(file.key) == "state.json" and _parent(file.key) in arrow}
+    listed = {folder: _listed_in(state) for folder, state in states.items()}
+    missing = {(folder, name) for folder, names in listed.items() for name in names or ()}
+    kept = []
+    for file in files:
+        folder, name = _parent(file.key), _name(file.key)
+        names = listed.get(folder)
+        missing.discard((folder, name))
+        is_foreign = name.endswith(".arrow") and (name.startswith("cache-") if names is None else name not in names)
+        is_fact = (folder in arrow and name in _BESIDE_ARROW) or file.key == "dataset_dict.json"
+        if not (is_foreign or is_fact):
+            kept.append(file)
+    for folder, name in sorted(missing):
+        raise DataError(f"{states[folder]} lists {name}, which is not there: the dataset is not whole.")
+    return kept
+
+
+def _listed_in(state):
+    """Returns the names of the data files that a dataset's state.json lists, none when it lists nothing."""
+    try:
+        with state.open_raw() as stream:
+            entries = json.loads(stream.read()).get("_data_files")
+        return {entry["filename"] for entry in entries} if entries else None
+    except OSError as error:
+        raise DataError(f"{state} can't be read: {error.strerror or error}.") from None
+    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{state} is damaged: {error}.") from None
 
 
 def list_local(files, root):
@@ -156,13 +204,37 @@ def _list_local(text):
     if path.is_file():
         return list_local([path], path.parent)
     if path.is_dir():
-        files = (file for file in path.rglob("*") if file.is_file() or (file.is_symlink() and not file.exists()))
-        found = sorted(file for file in files if not _is_hidden(file.relative_to(path).parts))
-        return list_local(found, path)
+        return list_local(sorted(_walk(path)), path)
     parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
     near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     raise ConfigError(f"data source {text!r} does not exist{hint}")
+
+
+def _walk(root):
+    """Yields all files below a folder, and links to nothing and folders that can't be listed, which reading names.
+
+    Folders behind links come after all others: a link to one of those, or to what holds it, adds nothing.
+    """
+    folders, links, seen = [root], [], set()
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            entries = sorted(folder.iterdir())
+        except OSError:
+            yield folder
+            continue
+        for entry in entries:
+            if _is_hidden([entry.name]):
+                continue
+            if entry.is_dir():
+                (links if entry.is_symlink() else folders).append(entry)
+            elif entry.is_file() or entry.is_symlink():
+                yield entry
 
 
 def _list_remote(url):
@@ -193,6 +265,10 @@ def _file_system(url):
 
 def _parent(path):
     return path.rpartition("/")[0]
+
+
+def _name(path):
+    return path.rpartition("/")[2]
 
 
 def _is_hidden(parts):

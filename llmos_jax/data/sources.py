@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import os
 import pathlib
+import re
 import sysconfig
 
 from llmos_jax.config import fingerprint, setting
 from llmos_jax.data.clean.dataset import is_dataset, open_dataset
+from llmos_jax.data.fields import PassedOver
 from llmos_jax.data.files import DATASET, SourceFile, list_local, list_path
 from llmos_jax.data.readers import FORMATS, format_of, read_file
 from llmos_jax.errors import ConfigError, DataError
@@ -19,8 +21,8 @@ class SourceConfig:
 
     path: str = setting(
         "stdlib",
-        help="stdlib[:PACKAGE], a file, folder or fsspec URL (text, jsonl, csv, parquet, arrow, HTML, WARC), tfds:NAME, a "
-        "clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
+        help="stdlib[:PACKAGE], a file, folder or fsspec URL (text, jsonl, JSON, csv, parquet, arrow, HTML, WARC), tfds:NAME, "
+        "a clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
     )
     weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
     max_epochs: float | None = setting(None, help="how often training goes through it at most; none: no limit", above=0.0)
@@ -30,14 +32,26 @@ class SourceConfig:
     main_content: bool = setting(True, help="whether menus, footers and the like are left out of HTML pages")
     licence: str = setting("", help="licence of the source, kept with its documents")
 
+    def __post_init__(self):
+        if not self.path:
+            raise ConfigError("the path of a source is empty: name a file, a folder or another source.")
+
+
+def split_paths(text):
+    """Returns the parts of `PATH+PATH`; a plus of a path has a backslash before it. ConfigError on a part that is empty."""
+    parts = [part.replace("\\+", "+") for part in re.split(r"(?<!\\)\+", text)]
+    if not all(parts):
+        raise ConfigError(f"{text} has an empty part: a plus stands between paths. One that is part of a path is \\+.")
+    return parts
+
 
 def parse_sources(text):
     """Returns the settings of a mixture written as one word, `PATH[@WEIGHT]+PATH[@WEIGHT]`, a list of dicts.
 
-    Raises ConfigError on a weight that is no number.
+    Raises ConfigError as `split_paths` does, and on a weight that is no number.
     """
     sources = []
-    for item in text.split("+"):
+    for item in split_paths(text):
         path, _, weight = item.rpartition("@")
         try:
             sources.append(dict(path=path, weight=float(weight)) if path else dict(path=item))
@@ -78,15 +92,17 @@ def is_single_text(source, files):
 
 
 def read_records(source, file, limit=None):
-    """Yields the Documents of one file, and a DataError in place of each record that is bad; blank texts are passed over.
+    """Yields the Documents of one file; a DataError in place of each record that is bad, a PassedOver of one without text.
 
     limit: bytes of the longest record that is read. Raises DataError where the file can't be read any further.
     """
     licence = {"licence": source.licence} if source.licence else {}
     for item in read_file(file, source, limit):
-        if isinstance(item, DataError):
+        if not isinstance(item, tuple):
             yield item
-        elif item[1].strip():
+        elif not item[1].strip():
+            yield PassedOver("blank texts")
+        else:
             key = item[0] if file.path.startswith(DATASET) else f"{file.key}{item[0]}"
             yield Document(key, item[1], licence | item[2])
 
@@ -105,6 +121,8 @@ def read_documents(source, files, log=print):
             for item in read_records(source, file):
                 if isinstance(item, DataError):
                     raise item
+                if isinstance(item, PassedOver):
+                    continue
                 count += 1
                 yield item
         except DataError as error:

@@ -194,6 +194,7 @@ def _figures(manifest):
         ("of the text read", f"{last['utf8_bytes'] / max(first['utf8_bytes'], 1):.1%}"),
         ("on disk, compressed", f"{kept / 1e6:,.1f} MB"),
         ("bad files and records, left out", f"{manifest['bad']['count']:,}"),
+        *((f"passed over: {reason}", f"{count:,}") for reason, count in manifest.get("passed_over", {}).items()),
     ]
     return figures(shown)
 

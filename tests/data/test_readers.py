@@ -16,8 +16,9 @@ from ftfy.badness import is_bad
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmos_jax.data.encodings import is_mojibake
+from llmos_jax.data.fields import PassedOver
 from llmos_jax.data.files import list_path
-from llmos_jax.data.readers import is_mojibake
 from llmos_jax.data.sources import SourceConfig, list_files, read_records
 from llmos_jax.errors import ConfigError, DataError
 
@@ -26,8 +27,8 @@ PAGE = """<html><head><title>T</title><meta charset="{charset}"><script>var x = 
 about which this paragraph says a lot.</p><p>A second paragraph.</p></main><footer>Imprint</footer></body></html>"""
 
 
-def read(path, limit=None, **choices):
-    """Returns ([(key, text, metadata)], [messages]) of a source."""
+def read(path, limit=None, passed_over=None, **choices):
+    """Returns ([(key, text, metadata)], [messages]) of a source; reasons of what is passed over go into the list of them."""
     source = SourceConfig(path=str(path), **choices)
     documents, bad = [], []
     for file in list_files(source):
@@ -35,6 +36,8 @@ def read(path, limit=None, **choices):
             for item in read_records(source, file, limit):
                 if isinstance(item, DataError):
                     bad.append(str(item))
+                elif isinstance(item, PassedOver):
+                    (passed_over if passed_over is not None else []).append(item.reason)
                 else:
                     documents.append((item.key, item.text, item.metadata))
         except DataError as error:
@@ -87,8 +90,8 @@ def test_columns_of_parquet_and_of_a_hugging_face_folder(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=1)
     documents, bad = read(tmp_path / "a.parquet")
     assert documents == [
-        ("a.parquet:0", "a", {"id": 1, "score": 0.5, "ok": True}),
-        ("a.parquet:2", "c", {"id": 3, "score": 1.5, "ok": True}),
+        ("a.parquet:0", "a", {"id": 1, "score": 0.5, "tags": ["x"], "ok": True}),
+        ("a.parquet:2", "c", {"id": 3, "score": 1.5, "tags": [], "ok": True}),
     ]
     assert bad == [f"{tmp_path}/a.parquet, row 1 has NoneType in 'text' (text_key), not text."]
     folder = tmp_path / "saved" / "train"  # what datasets.DatasetDict.save_to_disk writes

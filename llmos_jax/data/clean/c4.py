@@ -43,6 +43,8 @@ def lines_with(texts, lines, phrases):
 class C4Lines(Transform):
     """Lines that are sentences: an end mark, some words, none absurdly long, nothing of scripts and policies."""
 
+    version = 2
+
     step: str = setting("c4_lines", help="step", choices=("c4_lines",))
     needs_end_mark: bool = setting(True, help="drop lines that don't end with . ? ! or a quotation mark (FineWeb: false)")
     min_words: int = setting(3, help="fewest words of a line", at_least=0)
@@ -51,13 +53,13 @@ class C4Lines(Transform):
     phrases: tuple[str, ...] = setting(("javascript", *POLICY_PHRASES), help="drop lines that have one, in lower case")
 
     def transform(self, documents, findings=None):
-        """Returns (texts, counts of lines and citations that went, the lines)."""
-        texts, citations = documents.texts, np.zeros(len(documents), np.int32)
+        """Returns (texts, counts of lines and citations that went, these: the citations in a line before the lines)."""
+        texts, citations, marks = documents.texts, np.zeros(len(documents), np.int32), {}
         if self.drop_citations:
             texts = list(texts)
             for number, text in enumerate(texts):
-                if "]" in text:
-                    texts[number], citations[number] = _CITATION.subn("", text)
+                if "]" in text and (found := _CITATION.findall(text)):
+                    texts[number], citations[number], marks[number] = _CITATION.sub("", text), len(found), " ".join(found)
         lines = lines_of(texts)
         keep = (lines.words >= self.min_words) & (lines.longest <= self.max_word_length)
         if self.needs_end_mark:
@@ -65,6 +67,8 @@ class C4Lines(Transform):
         keep &= ~lines_with(texts, lines, self.phrases)
         # Blank lines go only with the lines around them: where words are not asked for they part paragraphs.
         texts, dropped, removed = keep_lines(texts, lines, keep)
+        for number, found in marks.items():
+            removed[number] = found if removed[number] is None else f"{found}\n{removed[number]}"
         return texts, {"lines": dropped, "citations": citations}, removed
 
 

@@ -106,6 +106,7 @@ def write_version(directory, config, inputs, funnel, outputs):
         "funnel": funnel,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
+        "passed_over": inputs["passed_over"],
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)

@@ -18,7 +18,15 @@ from llmos_jax.data.clean import exchange, output
 from llmos_jax.data.clean.augment import AugmentConfig
 from llmos_jax.data.clean.dataset import write_version
 from llmos_jax.data.clean.objects import Objects, Task
-from llmos_jax.data.clean.reading import check_bad, group_files, hash_task, read_task, shards_of, source_names
+from llmos_jax.data.clean.reading import (
+    check_bad,
+    count_passed_over,
+    group_files,
+    hash_task,
+    read_task,
+    shards_of,
+    source_names,
+)
 from llmos_jax.data.clean.runner import ProcessRunner
 from llmos_jax.data.clean.steps import parse_steps
 from llmos_jax.data.sources import SourceConfig, list_files
@@ -101,6 +109,9 @@ def _read(config, objects, runner, log):
         log(f"left out: {message}")
     if bad:
         log(f"{bad} files or records were bad and are left out (the manifest names them).")
+    passed_over = count_passed_over(results)
+    for reason, count in passed_over.items():
+        log(f"passed over: {count:,} {reason}")
     shards = shards_of(results, [number for number, _ in groups])
     if not shards:
         raise DataError(f"no source holds any text: {', '.join(source.path for source in config.sources)}.")
@@ -109,7 +120,7 @@ def _read(config, objects, runner, log):
         for (number, group), contents in zip(groups, hashes, strict=True)
         for file, content in zip(group, contents, strict=True)
     ]
-    return shards, names, {"names": names, "files": rows, "bad": messages, "bad_count": bad}
+    return shards, names, {"names": names, "files": rows, "bad": messages, "bad_count": bad, "passed_over": passed_over}
 
 
 def _stages(steps):

@@ -10,14 +10,17 @@ from llmos_jax.data import sources as sources_lib
 from llmos_jax.data.clean.augment import AugmentConfig, with_copies
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.objects import Task
+from llmos_jax.data.fields import PassedOver
 from llmos_jax.data.files import SourceFile
 from llmos_jax.data.sources import SourceConfig
-from llmos_jax.errors import ConfigError, DataError
+from llmos_jax.errors import DataError
 
 # Raised when readers give other documents for the same files.
-_VERSION = 1
+_VERSION = 2
 # Messages that are kept of bad records; all are counted.
 _KEPT_MESSAGES = 1000
+# Reasons of what is passed over that are told apart: names in them are those of the files.
+_MOST_REASONS, _OTHER = 100, "other reasons"
 
 
 def source_names(sources):
@@ -74,7 +77,7 @@ def read_task(source, name, files, hashes, config):
         "files": [to_plain(file) for file in files],
         "shard_bytes": config.shard_bytes,
         "limit": config.max_document_bytes,
-        "most_bad": 0 if config.on_corrupt == "error" else config.max_corrupt,
+        "most_bad": None if config.on_corrupt == "error" else config.max_corrupt,
         "augment": to_plain(config.augment) if is_augmented else None,
     }
     return Task("read", f"read/{key}.json", arguments, sum(file.size_bytes for file in files))
@@ -83,7 +86,8 @@ def read_task(source, name, files, hashes, config):
 def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad, augment):
     """Reads a group of files; returns {"shards": [{name, documents, utf8_bytes}], "bad": messages, "bad_count": n, ...}.
 
-    augment: settings of copies of documents, or None. Raises DataError at the first bad file or record more than `most_bad`.
+    most_bad: how many files or records may be bad, none: the first stops the run, a DataError. "passed_over" counts what is
+    whole but no document, by reason. augment: settings of copies of documents, or None.
     """
     source = parse(SourceConfig, source)
     augment = parse(AugmentConfig, augment or {"copies": 0})
@@ -108,7 +112,13 @@ def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad, 
     if len(documents):
         write(documents)
     names = [shard["name"] for shard in shards]
-    return {"shards": shards, "bad": bad.messages, "bad_count": bad.count, "objects": names}
+    return {
+        "shards": shards,
+        "bad": bad.messages,
+        "bad_count": bad.count,
+        "passed_over": bad.passed_over,
+        "objects": names,
+    }
 
 
 def check_bad(results, config):
@@ -116,30 +126,56 @@ def check_bad(results, config):
     count = sum(result["bad_count"] for result in results)
     messages = [message for result in results for message in result["bad"]][:_KEPT_MESSAGES]
     if count and config.on_corrupt == "error":
-        raise DataError(f"{messages[0]} To go on without such records, set on_corrupt=skip.")
+        raise _strict(messages[0])
     if count > config.max_corrupt:
         raise _too_many(count, config.max_corrupt, messages[0])
     return count, messages
 
 
+def count_passed_over(results):
+    """Returns {reason: count} of what all sources held that is whole but no document, or that metadata can't hold."""
+    total = {}
+    for result in results:
+        for reason, count in result["passed_over"].items():
+            _count(total, reason, count)
+    return dict(sorted(total.items()))
+
+
+def _count(total, reason, count):
+    reason = reason if reason in total or len(total) < _MOST_REASONS else _OTHER
+    total[reason] = total.get(reason, 0) + count
+
+
+class _TooManyBad(DataError):
+    """More is bad than the settings allow."""
+
+
 class _Bad:
-    """Files and records that can't be read: named and counted, at most so many."""
+    """Files and records that can't be read: named and counted, at most so many; and what is passed over, by reason."""
 
     def __init__(self, most):
-        self.most, self.count, self.messages = most, 0, []
+        self.most, self.count, self.messages, self.passed_over = most, 0, [], {}
 
     def add(self, message):
         self.count += 1
         if self.count <= _KEPT_MESSAGES:
             self.messages.append(message)
-        if not self.most:
-            raise DataError(f"{message} To go on without such records, set on_corrupt=skip.")
+        if self.most is None:
+            raise _strict(message)
         if self.count > self.most:
             raise _too_many(self.count, self.most, self.messages[0])
 
+    def pass_over(self, reason):
+        _count(self.passed_over, reason, 1)
+
+
+def _strict(message):
+    return _TooManyBad(f"{message} To go on without such records, set on_corrupt=skip.")
+
 
 def _too_many(count, most, first):
-    return DataError(f"{count} files or records are bad, more than max_corrupt={most}; the first: {first}")
+    are = "file or record is" if count == 1 else "files or records are"
+    return _TooManyBad(f"{count} {are} bad, more than max_corrupt={most}; the first: {first}")
 
 
 def _read_one(source, file, limit, bad):
@@ -148,14 +184,14 @@ def _read_one(source, file, limit, bad):
         for item in sources_lib.read_records(source, file, limit):
             if isinstance(item, DataError):
                 bad.add(str(item))
-                continue
-            count += 1
-            yield item
-    except ConfigError:
+            elif isinstance(item, PassedOver):
+                bad.pass_over(item.reason)
+            else:
+                count += 1
+                yield item
+    except _TooManyBad:
         raise
     except DataError as error:
-        if "on_corrupt=skip" in str(error) or "max_corrupt=" in str(error):
-            raise
         bad.add(f"{error} Its {count} documents before that are used." if count else str(error))
 
 

@@ -14,6 +14,7 @@ from llmos_jax.config import parse, to_plain
 from llmos_jax.data.clean.dataset import list_versions, verify
 from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
 from llmos_jax.errors import ConfigError, DataError
+from llmos_jax.evaluate.dataset_report import write_dataset_report
 from tests.data.clean.test_pipeline import config, corpus, quiet, steps_of_this_file  # noqa: F401  the steps of `config`
 
 
@@ -60,6 +61,36 @@ def test_bad_input_is_named_counted_and_capped(tmp_path):
         prepare_dataset(parse(PrepareConfig, tree | {"max_corrupt": 3}), tmp_path / "out", log=quiet)
     with pytest.raises(DataError, match="on_corrupt=skip"):
         prepare_dataset(parse(PrepareConfig, tree | {"on_corrupt": "error"}), tmp_path / "out", log=quiet)
+
+
+def test_what_is_said_of_the_policy_is_what_helps(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    good = b'{"text": "a good document of some words"}\n'
+    (folder / "max_corrupt=9.jsonl").write_bytes(good + b"{broken\n" + good)
+    tree = {"sources": [{"path": str(folder)}], "workers": 1}
+    version = prepare_dataset(parse(PrepareConfig, tree), tmp_path / "out", log=quiet)
+    assert len(list(version.iterate())) == 2 and version.manifest["bad"]["count"] == 1
+    for settings, helpful, useless in (
+        ({"max_corrupt": 0}, "1 file or record is bad, more than max_corrupt=0", "on_corrupt=skip"),
+        ({"on_corrupt": "error"}, "set on_corrupt=skip", "more than max_corrupt"),
+    ):
+        for out in ("out", "new"):  # of the cache, and read
+            with pytest.raises(DataError) as caught:
+                prepare_dataset(parse(PrepareConfig, tree | settings), tmp_path / out, log=quiet)
+            assert helpful in str(caught.value) and useless not in str(caught.value)
+
+
+def test_what_is_passed_over_is_in_the_manifest_and_the_report(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a good document of some words"}\n{"text": " "}\n')
+    (tmp_path / "b.csv").write_text("text,url\n")
+    tree = {"sources": [{"path": str(tmp_path / name)} for name in ("a.jsonl", "b.csv")], "workers": 1}
+    lines = []
+    version = prepare_dataset(parse(PrepareConfig, tree), tmp_path / "out", log=lines.append)
+    assert version.manifest["passed_over"] == {"blank texts": 1, "files without any record": 1}
+    assert version.manifest["bad"]["count"] == 0 and "passed over: 1 blank texts" in lines
+    write_dataset_report(tmp_path / "report.html", version)
+    assert "passed over: blank texts" in (tmp_path / "report.html").read_text()
 
 
 def test_settings_that_cannot_work_are_named(tmp_path):

@@ -64,7 +64,8 @@ def test_lines_of_c4():
     texts, attributes, removed = transformed(C4Lines(), [text, PROSE])
     assert texts == [f"{PROSE}\nIt was so .", PROSE]
     assert attributes["lines"].tolist() == [5, 0] and attributes["citations"].tolist() == [1, 0]
-    assert removed == ["Menu\nToo short.\n\nPlease enable Javascript to see it.\nRead our privacy policy today.", None]
+    assert removed == ["[12]\nMenu\nToo short.\n\nPlease enable Javascript to see it.\nRead our privacy policy today.", None]
+    assert transformed(C4Lines(), ["It was so [edit], I think[3]."])[::2] == (["It was so , I think."], ["[edit] [3]"])
     assert transformed(C4Lines(needs_end_mark=False, min_words=1), ["Menu\n\nx"])[0] == ["Menu\nx"]
     assert transformed(C4Lines(max_word_length=5), ["one two threes.\nand so on."])[0] == ["and so on."]
 

@@ -1,0 +1,111 @@
+"""Fields of a record: its text, and what else it says, made fit for JSON."""
+
+import dataclasses
+import json
+import math
+
+from llmos_jax.data.encodings import decode
+from llmos_jax.errors import DataError
+
+# Longer values are content, not metadata; deeper ones are a document of their own.
+METADATA_CHARACTERS = 2000
+_DEPTH = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class PassedOver:
+    """Something that is whole but no document, or that metadata can't hold: it is counted by its reason."""
+
+    reason: str
+
+
+def read_record(record, key, source, where, metadata=None):
+    """Yields (key, text, metadata) of a record, or the DataError that it is, and a PassedOver for each value that is left out.
+
+    record: what its source holds, a dict of fields. source: SourceConfig (text_key, repair). metadata: what is known already.
+    """
+    try:
+        text, done = _text(record, source, where)
+    except DataError as error:
+        yield error
+        return
+    kept = {}
+    for name, value in record.items():
+        if name == source.text_key or value is None:
+            continue
+        if isinstance(value, str) and value.isascii() and len(value) <= METADATA_CHARACTERS:  # most are
+            kept[_unicode(str(name))] = value
+            continue
+        name = _unicode(str(name))
+        try:
+            value = _plain(value, _DEPTH)
+        except _TooLargeError:
+            yield too_much(name)
+            continue
+        if value is not None:
+            kept[name] = value
+    yield key, text, kept | (metadata or {}) | done
+
+
+def too_long(where, limit):
+    """Returns the DataError for a record of more than `limit` bytes."""
+    return DataError(f"{where} is longer than {limit} bytes (max_document_bytes).")
+
+
+def too_much(name):
+    """Returns the PassedOver for a value that is too long for metadata. name: its field's."""
+    return PassedOver(f"metadata: {name[:40]!r} of more than {METADATA_CHARACTERS} characters")
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+def _text(record, source, where):
+    """Returns (text, how it was repaired) of a record; DataError says what stands there instead."""
+    if not isinstance(record, dict) or source.text_key not in record:
+        known = ", ".join(map(_unicode, record)) if isinstance(record, dict) else type(record).__name__
+        raise DataError(f"{where} has no {source.text_key!r} (text_key); it has {known}.")
+    text = record[source.text_key]
+    if isinstance(text, bytes):
+        return decode(text, source.repair, f"{where}, {source.text_key!r},")
+    if not isinstance(text, str):
+        raise DataError(f"{where} has {type(text).__name__} in {source.text_key!r} (text_key), not text.")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeError as error:
+            raise DataError(f"{where} holds no valid Unicode in {source.text_key!r}: {error}.") from None
+    return text, {}
+
+
+def _plain(value, depth):
+    """Returns a value as JSON has it: times as ISO text, what is not a number as none, other kinds as their text."""
+    if isinstance(value, (bool, int)) or value is None:
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if isinstance(value, (dict, list, tuple)):
+        # Each entry takes two characters at least.
+        if not depth or len(value) > METADATA_CHARACTERS // 2:
+            raise _TooLargeError
+        if isinstance(value, dict):
+            value = {_unicode(str(name)): _plain(item, depth - 1) for name, item in value.items()}
+        else:
+            value = [_plain(item, depth - 1) for item in value]
+        size = len(json.dumps(value, ensure_ascii=False))
+    else:
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
+        value = _unicode(value.isoformat() if hasattr(value, "isoformat") else str(value))
+        size = len(value)
+    if size > METADATA_CHARACTERS:
+        raise _TooLargeError
+    return value
+
+
+def _unicode(text):
+    """Returns text whose halves of surrogate pairs, which no file can hold, are U+FFFD."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,109 @@
+"""Which files a folder gives: behind links, in the folders of other libraries, and in those that can't be listed."""
+
+import json
+import pathlib
+
+import fsspec
+import pyarrow
+import pytest
+
+from llmos_jax.data.files import list_path
+from llmos_jax.data.sources import SourceConfig, parse_sources, split_paths
+from llmos_jax.errors import ConfigError, DataError
+from tests.data.test_readers import read
+
+
+def test_links_to_folders_are_followed_once(tmp_path):
+    root, far = tmp_path / "in", tmp_path / "far"
+    (root / "real" / "deep").mkdir(parents=True)
+    (far / "inner").mkdir(parents=True)
+    for file in (
+        root / "a.txt",
+        root / "real" / "b.txt",
+        root / "real" / "deep" / "c.txt",
+        far / "d.txt",
+        far / "inner" / "e.txt",
+    ):
+        file.write_text(file.name)
+    (root / "0").symlink_to(root / "real")  # what is here already
+    (root / "books").symlink_to(far)
+    (far / "loop").symlink_to(root)
+    (far / "inner" / "self").symlink_to(far)
+    (root / "one.txt").symlink_to(far / "d.txt")
+    (root / "gone").symlink_to(tmp_path / "nowhere")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "f.txt").write_text("hidden")
+    keys = [file.key for file in list_path(str(root))]
+    assert keys == ["a.txt", "books/d.txt", "books/inner/e.txt", "gone", "one.txt", "real/b.txt", "real/deep/c.txt"]
+    documents, bad = read(root)
+    assert len(documents) == 6 and len(bad) == 1 and "gone can't be read: No such file" in bad[0]
+
+
+def test_a_plus_stands_between_paths_or_is_escaped(tmp_path, monkeypatch):
+    assert parse_sources("a@2+b/c@0.5+d@e/f@1") == [
+        {"path": "a", "weight": 2.0}, {"path": "b/c", "weight": 0.5}, {"path": "d@e/f", "weight": 1.0},
+    ]  # fmt: skip
+    assert split_paths(r"c\+\+-docs+books") == ["c++-docs", "books"]
+    (tmp_path / "c++-docs").mkdir()
+    (tmp_path / "c++-docs" / "a.txt").write_text("text")
+    (tmp_path / "secret.txt").write_text("not asked for")
+    monkeypatch.chdir(tmp_path)
+    assert [file.key for file in list_path(parse_sources(r"c\+\+-docs")[0]["path"])] == ["a.txt"]
+    for text in ("c++-docs", "books+", "+books", "a++b"):
+        with pytest.raises(ConfigError, match="has an empty part"):
+            parse_sources(text)
+    with pytest.raises(ConfigError, match="the path of a source is empty"):
+        SourceConfig(path="")
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "in" / "locked").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("text")
+    real = pathlib.Path.iterdir
+
+    def iterdir(path):
+        if path.name == "locked":
+            raise PermissionError(13, "Permission denied")
+        return real(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)  # root may list everything
+    documents, bad = read(tmp_path / "in")
+    assert len(documents) == 1 and len(bad) == 1 and "locked can't be read" in bad[0]
+
+
+def arrow(rows):
+    table, sink = pyarrow.table({"text": rows}), pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize("is_remote", [False, True])
+def test_caches_of_a_hugging_face_folder_are_no_data(is_remote, tmp_path):
+    """`Dataset.map` leaves its results beside the files that `save_to_disk` wrote; state.json lists those."""
+    root = f"memory://saved-{tmp_path.name}" if is_remote else str(tmp_path)
+    state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}], "_split": "train"}
+    files = {
+        "train/data-00000-of-00001.arrow": arrow(["a", "b"]),
+        "train/cache-0123456789abcdef.arrow": arrow(["A", "B"]),
+        "train/tmp1234.arrow": arrow(["half"]),
+        "train/state.json": json.dumps(state).encode(),
+        "train/dataset_info.json": b"{}",
+        "plain/cache-0123456789abcdef.arrow": arrow(["A"]),
+        "plain/c.arrow": arrow(["c"]),
+        "dataset_dict.json": b'{"splits": ["train"]}',
+    }
+    for name, content in files.items():
+        with fsspec.open(f"{root}/{name}", "wb", auto_mkdir=True) as stream:
+            stream.write(content)
+    documents, bad = read(root)
+    assert not bad and [text for _, text, _ in documents] == ["c", "a", "b"]
+    for content, words in (
+        (json.dumps({"_data_files": [{"filename": "data-9.arrow"}]}), "lists data-9.arrow, which is not there"),
+        ("{", "state.json is damaged"),
+        ("[]", "state.json is damaged"),
+    ):
+        with fsspec.open(f"{root}/train/state.json", "w") as stream:
+            stream.write(content)
+        with pytest.raises(DataError, match=words):
+            list_path(root)

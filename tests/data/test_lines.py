@@ -1,0 +1,153 @@
+"""jsonl, JSON and CSV: what each gives, and what is said of each record that is bad, long or cut."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import tracemalloc
+
+import pytest
+
+from tests.data.test_readers import read
+
+GOOD = b'{"text": "good text"}\n'
+
+
+def test_metadata_are_kept_or_counted(tmp_path):
+    record = {
+        "text": "good", "meta": {"url": "http://x/1", "half \ud83d": "\ud83d"}, "tags": ["a", "b"], "title": "bad \ud83d title",
+        "nan": float("nan"), "far": float("inf"), "long": "x" * 2001, "many": list(range(3000)), "none": None,
+    }  # fmt: skip
+    deep = "[" * 30 + "]" * 30
+    (tmp_path / "a.jsonl").write_text(json.dumps(record)[:-1] + f', "deep": {deep}}}\n')
+    passed_over = []
+    documents, bad = read(tmp_path / "a.jsonl", passed_over=passed_over)
+    kept = {
+        "meta": {"url": "http://x/1", "half \ufffd": "\ufffd"}, "tags": ["a", "b"], "title": "bad \ufffd title", "far": "inf",
+    }  # fmt: skip
+    assert not bad and documents == [("a.jsonl:1", "good", kept)]
+    json.dumps(documents[0][2], allow_nan=False, ensure_ascii=False).encode()
+    assert passed_over == [f"metadata: '{name}' of more than 2000 characters" for name in ("long", "many", "deep")]
+
+
+def test_blank_texts_and_files_without_records_are_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": " \\n"}\n{"text": "x"}\n')
+    (tmp_path / "b.csv").write_text("id,text\n")
+    (tmp_path / "c.csv.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "d.json").write_text("[]")
+    (tmp_path / "e.json").write_text("[\n]\n")
+    passed_over = []
+    documents, bad = read(tmp_path, passed_over=passed_over)
+    assert [key for key, _, _ in documents] == ["a.jsonl:3"] and bad == [f"{tmp_path}/c.csv.gz is empty."]
+    assert sorted(passed_over) == ["blank texts"] * 2 + ["files without any record"] * 3
+
+
+@pytest.mark.parametrize(
+    ("ending", "compress"), [("", bytes), (".gz", gzip.compress), (".xz", lzma.compress), (".bz2", bz2.compress)]
+)
+def test_json_files_are_lines_or_an_object_or_an_array(ending, compress, tmp_path):
+    texts = [f"ö {number} " + f"{number * 7919} " * 5_000 for number in range(40)]  # more than a piece that is read at once
+    records = [{"text": text, "n": number} for number, text in enumerate(texts)]
+    for name, content in {
+        "array": json.dumps(records), "pretty": json.dumps(records, indent=1, ensure_ascii=False),
+        "lines": "".join(json.dumps(record) + "\n" for record in records),
+        "objects": "\n".join(json.dumps(record, indent=2) for record in records),
+        "one": json.dumps(records[0], indent=4),
+    }.items():  # fmt: skip
+        path = tmp_path / f"{name}.json{ending}"
+        path.write_bytes(compress(content.encode()))
+        documents, bad = read(path)
+        expected = 1 if name == "one" else len(texts)
+        assert not bad and [text for _, text, _ in documents] == texts[:expected], name
+        assert documents[-1][0] == f"{name}.json{ending}:{expected}" and documents[-1][2] == {"n": expected - 1}
+        path.write_bytes(compress(content.encode()[:-200]))
+        documents, bad = read(path)
+        assert len(bad) == 1 and str(path) in bad[0] and "damaged" in bad[0] and len(documents) == expected - 1
+
+
+def test_a_bad_record_of_a_json_array_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"body": "b"}, 3,\n {"text": "d"}, {"text": "e" "f"}, {"text": "g"}]')
+    documents, bad = read(tmp_path / "a.json")
+    assert [text for _, text, _ in documents] == ["a", "d"]
+    assert [
+        words in message for words, message in zip(("record 2 has no 'text'", "record 3", "after record 4"), bad, strict=True)
+    ]
+    (tmp_path / "a.json").write_text(json.dumps([{"text": "a"}, {"text": "long " * 900_000}, {"text": "b"}]))
+    documents, bad = read(tmp_path / "a.json", limit=10_000)
+    assert [text for _, text, _ in documents] == ["a"]
+    assert bad == [f"{tmp_path}/a.json, record 2 is longer than 10000 bytes (max_document_bytes). What follows is not read."]
+
+
+def test_csv_in_another_encoding(tmp_path):
+    rows = 'id,text\n1,"Café déjà vu,\nnaïve garçon"\n2,plain\n'
+    (tmp_path / "a.csv").write_bytes(rows.encode("latin-1"))
+    documents, bad = read(tmp_path / "a.csv", repair=True)
+    assert not bad and [text for _, text, _ in documents] == ["Café déjà vu,\nnaïve garçon", "plain"]
+    assert documents[0][2] == {"id": "1", "repaired_from": "cp1252"} and documents[1][2] == {"id": "2"}
+    documents, bad = read(tmp_path / "a.csv")
+    assert [text for _, text, _ in documents] == ["plain"]
+    assert bad == [f"{tmp_path}/a.csv, line 2 is not UTF-8 (byte 6): convert it, or set repair of its source."]
+    (tmp_path / "a.csv").write_bytes(b"\xef\xbb\xbftext,id\rone,1\rtwo,2\r")  # as old Macs wrote it
+    assert [text for _, text, _ in read(tmp_path / "a.csv")[0]] == ["one", "two"]
+
+
+def test_rows_of_another_width_than_the_first_are_bad(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text\n1,Hello, world, this is the rest\n2,plain\n3\n\n4,last\n")
+    documents, bad = read(tmp_path / "a.csv")
+    assert [(key, text) for key, text, _ in documents] == [("a.csv:2", "plain"), ("a.csv:4", "last")]
+    assert len(bad) == 2
+    assert "a.csv, record 1 (line 2) has 4 fields, its first line 2" in bad[0] and "record 3 (line 4) has 1 fields" in bad[1]
+    (tmp_path / "a.csv").write_text("1,john@site.org\n2,eve@site.org\n")
+    documents, bad = read(tmp_path / "a.csv")
+    assert not documents and len(bad) == 1 and "has no column 'text'" in bad[0] and "site.org" not in bad[0]
+
+
+def test_what_follows_a_wrong_quote_is_never_taken_for_records(tmp_path):
+    many = "".join(f"{number},text {number}\n" for number in range(20))
+    for content, kept, words in (
+        ('id,text\n1,"first"\n2,"second is cut he', ["first"], "record 2 is bad in line 3 (unexpected end"),
+        ('id,text\n1,"a ""quote"", and\nmore"\n2,"b "quote", and\nmore, of it"\n3,c\n', ['a "quote", and\nmore'], "not read"),
+        ('id,text\n1,a\n2,"open\n3,b\n4,"c"\n', ["a"], "record 2 is bad in line 3"),
+    ):
+        (tmp_path / "a.csv").write_text(content)
+        documents, bad = read(tmp_path / "a.csv")
+        assert [text for _, text, _ in documents] == kept and len(bad) == 1 and words in bad[0] and "not read" in bad[0]
+    # Where every record took one line before, a bad one takes one line, too.
+    (tmp_path / "a.csv").write_text(f'id,text\n{many}20,"open\n21,next\n22,"last"\n23,"a" b\n24,end\n25,"cut')
+    documents, bad = read(tmp_path / "a.csv")
+    assert [text for _, text, _ in documents][20:] == ["next", "last", "end"]
+    assert [message.partition(" (")[0].partition(":")[0][-7:] for message in bad] == ["line 22", "line 25", "line 27"]
+
+
+def test_a_csv_record_over_the_limit_ends_where_it_ends(tmp_path):
+    inside = "\n".join(f'line {number}, of a ""long"" text' for number in range(2000))
+    for content in (
+        f'text,id\n"{inside}",1\ngood,2\n',
+        f"text,id\n{'word ' * 20_000},1\ngood,2\n",
+        f"text,id\n{',' * 50_000}\ngood,2\n",
+    ):
+        (tmp_path / "a.csv").write_text(content)
+        documents, bad = read(tmp_path / "a.csv", limit=10_000)
+        assert documents == [("a.csv:2", "good", {"id": "2"})]
+        assert bad == [f"{tmp_path}/a.csv, record 1 (line 2) is longer than 10000 bytes (max_document_bytes)."]
+
+
+@pytest.mark.parametrize("name", ["a.csv.gz", "a.jsonl.gz", "a.json.gz"])
+def test_a_record_beyond_the_limit_is_not_held(name, tmp_path):
+    before, after = {"a.csv": (b'text\n"', b'"\n'), "a.jsonl": (b'{"text": "', b'"}\n'), "a.json": (b'[{"text": "', b'"}]')}[
+        name[:-3]
+    ]
+    sink = io.BytesIO()
+    with gzip.GzipFile(fileobj=sink, mode="wb", compresslevel=1) as stream:
+        stream.write(before)
+        for _ in range(60):
+            stream.write(b'word ""' * (1 << 17) if "csv" in name else b"word wo" * (1 << 17))
+        stream.write(after)
+    (tmp_path / name).write_bytes(sink.getvalue())
+    tracemalloc.start()
+    documents, bad = read(tmp_path / name, limit=1 << 20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert not documents and len(bad) == 1 and "longer than 1048576 bytes" in bad[0]
+    assert peak < 16 << 20  # of 55 MB

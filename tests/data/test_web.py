@@ -1,0 +1,192 @@
+"""Web archives: damage is found wherever it is, every record that gives no page is counted, labels are not believed."""
+
+import bz2
+import gzip
+import io
+import lzma
+import zlib
+
+import pytest
+import zstandard
+from fastwarc.stream_io import BrotliWriter
+
+from tests.data.test_readers import read
+
+OK = "200 OK\r\nContent-Type: text/html; charset=utf-8"
+CRLF = "\r\n"
+
+
+def page(number):
+    body = f"Page {number} holds a paragraph of wörds, and more words. " * 40
+    return f"<html><body><main><p>{body}</p></main></body></html>".encode()
+
+
+def record(headers, body, kind="response", extra=""):
+    """One record of an archive."""
+    block = (f"HTTP/1.1 {headers}\r\n\r\n".encode("latin-1") if kind == "response" else b"") + body
+    content = "application/http; msgtype=response" if kind == "response" else "text/plain"
+    head = (
+        f"WARC/1.0\r\nWARC-Type: {kind}\r\nWARC-Target-URI: http://a/\r\nWARC-Date: 2026-01-02T03:04:05Z\r\n{extra}"
+        f"Content-Type: {content}\r\nContent-Length: {len(block)}\r\n\r\n"
+    )
+    return head.encode() + block + b"\r\n\r\n"
+
+
+RECORDS = [record(OK, page(number)) for number in range(20)]
+PACKED = [gzip.compress(one) for one in RECORDS]
+
+
+def archive(path, data, passed_over=None, **choices):
+    """Returns (numbers of the records that gave documents, messages)."""
+    path.write_bytes(data)
+    documents, bad = read(path, passed_over=passed_over, **choices)
+    return [int(key.rpartition(":")[2]) for key, _, _ in documents], bad
+
+
+@pytest.mark.parametrize(
+    ("name", "compress"),
+    [
+        ("a.warc", bytes), ("a.warc.gz", gzip.compress), ("a.warc.bz2", bz2.compress), ("a.warc.xz", lzma.compress),
+        ("a.warc.zst", zstandard.compress),
+    ],
+)  # fmt: skip
+def test_an_archive_that_is_cut_is_named(name, compress, tmp_path):
+    whole = compress(b"".join(RECORDS))
+    assert archive(tmp_path / name, whole) == ([*range(1, 21)], [])
+    _, bad = archive(tmp_path / name, whole[: len(whole) // 2])
+    assert len(bad) == 1 and f"{name} is damaged after record" in bad[0]
+
+
+def test_an_archive_of_packed_records_that_is_cut_is_named(tmp_path):
+    path, whole = tmp_path / "a.warc.gz", b"".join(PACKED)
+    assert archive(path, whole) == ([*range(1, 21)], [])
+    size = len(PACKED[10])
+    # In the headers, in the text, and behind it: in the checksum. No record that is whole is lost.
+    for cut, whole_ones in ((15, 10), (size // 2, 10), (size - 4, 11)):
+        found, bad = archive(path, b"".join(PACKED[:10]) + PACKED[10][:cut])
+        assert found == [*range(1, whole_ones + 1)]
+        assert len(bad) == 1 and f"a.warc.gz is damaged after record {whole_ones}: " in bad[0]
+    flipped = bytearray(whole)
+    flipped[sum(map(len, PACKED[:10])) + len(PACKED[10]) - 6] ^= 1
+    found, bad = archive(path, flipped)
+    assert found == [*range(1, 11)] and len(bad) == 1 and "after record 10: " in bad[0] and "incorrect data check" in bad[0]
+    found, bad = archive(path, whole + b"no archive")
+    assert len(found) == 20 and len(bad) == 1 and "damaged after record 20" in bad[0]
+
+
+def test_a_plain_archive_is_read_behind_what_is_bad(tmp_path):
+    path, text = tmp_path / "a.warc", b"".join(RECORDS)
+    head = RECORDS[10].replace(b"Content-Length: ", b"Content-Length: 1")  # its end lies in a later record
+    found, bad = archive(path, b"".join(RECORDS[:10]) + head + b"".join(RECORDS[11:]))
+    assert found[:10] == [*range(1, 11)] and 11 not in found and len(found) > 10
+    assert len(bad) == 1 and "record 11 does not end where it says" in bad[0]
+    for wrong in (b"Content-Length: x", b"Content-Longth: "):
+        head = RECORDS[10].replace(b"Content-Length: ", wrong)
+        found, bad = archive(path, b"".join(RECORDS[:10]) + head + b"".join(RECORDS[11:]))
+        assert len(found) == 19 and len(bad) == 1 and "record 11 has Content-Length" in bad[0]
+    found, bad = archive(path, b"".join(RECORDS[:10]) + b"junk\r\n\r\n" + b"".join(RECORDS[10:]))
+    assert len(found) == 20 and len(bad) == 1 and "record 11 does not begin where" in bad[0]
+    for cut in (100, len(RECORDS[19]) - 20):
+        found, bad = archive(path, text[: len(text) - len(RECORDS[19]) + cut])
+        assert len(found) == 19 and len(bad) == 1 and "damaged after record 19" in bad[0]
+    found, bad = archive(path, b"nothing of an archive\n" * 9)
+    assert not found and bad == [f"{path} holds no record of a web archive."]
+
+
+def test_what_holds_no_page_is_counted_by_reason(tmp_path):
+    records = [
+        record("404 Not Found\r\nContent-Type: text/html", page(0)),
+        record("200 OK\r\nContent-Type: Image/PNG", b"\x89PNG\0"),
+        record("200 OK\r\nServer: x", b"\x89PNG\0"),
+        record(OK, b"<html><body><script>var x = 1</script></body></html>"),
+        record(OK, b"", kind="request"), record("", b"GET", kind="revisit"), record("", b"  ", kind="conversion"),
+        record("", b"dns:", kind="response").replace(b"HTTP/1.1", b"20260102"),
+    ]  # fmt: skip
+    passed_over = []
+    found, bad = archive(tmp_path / "a.warc", b"".join(records) + RECORDS[0], passed_over)
+    assert found == [len(records) + 1] and not bad
+    assert passed_over == [
+        "web archive: status 404", "web archive: content of type image/png", "web archive: content of type unknown",
+        "web archive: page without text", "web archive: record of type request", "web archive: record of type revisit",
+        "web archive: page without text", "web archive: response of another protocol than HTTP",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "200 OK\r\nServer: x", "200 OK\r\nContent-Type: Text/HTML", "200 OK\r\ncontent-type:text/html;charset=UTF-8",
+        "200 OK\r\nContent-Type: application/xhtml+xml", f"{OK}\r\nContent-Encoding: gzip", f"{OK}\r\nContent-Encoding: br",
+        f"{OK}\r\nContent-Encoding: deflate", f"{OK}\r\nTransfer-Encoding: chunked",
+        *(f"200 OK\r\nContent-Type: text/html; charset={label}" for label in (
+            "utf8mb4", "foo", "hex", "undefined", "idna", "rot13", "utf-16", '"utf-8"', "", "unicode_escape", "ascii",
+        )),
+    ],
+)  # fmt: skip
+def test_false_and_missing_headers_cost_no_page(headers, tmp_path):
+    documents, bad = read_one(tmp_path, record(headers, page(1)) + RECORDS[0])
+    assert not bad and len(documents) == 2
+    starts = tuple(f"Page {number} holds a paragraph of wörds" for number in (1, 0))
+    assert [text.startswith(start) for start, (_, text, _) in zip(starts, documents, strict=True)] == [True, True]
+
+
+def read_one(folder, data, **choices):
+    (folder / "a.warc").write_bytes(data)
+    return read(folder / "a.warc", **choices)
+
+
+def deflate(data):
+    stream = zlib.compressobj(wbits=-15)
+    return stream.compress(data) + stream.flush()
+
+
+def brotli(data):
+    sink = io.BytesIO()
+    stream = BrotliWriter(sink)
+    stream.write(data)
+    stream.close()
+    return sink.getvalue()
+
+
+def chunked(data):
+    parts = [data[start : start + 100] for start in range(0, len(data), 100)]
+    return b"".join(f"{len(part):x};x=y\r\n".encode() + part + b"\r\n" for part in parts) + b"0\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("header", "encode"),
+    [
+        ("Content-Encoding: gzip", gzip.compress), ("Content-Encoding: deflate", zlib.compress),
+        ("Content-Encoding: deflate", deflate), ("Content-Encoding: br", brotli), ("Transfer-Encoding: chunked", chunked),
+        ("Content-Encoding: GZIP\r\nTransfer-Encoding: Chunked", lambda data: chunked(gzip.compress(data))),
+    ],
+)  # fmt: skip
+def test_content_as_servers_encode_it(header, encode, tmp_path):
+    whole = encode(page(1))
+    documents, bad = read_one(tmp_path, record(f"{OK}\r\n{header}", whole) + RECORDS[0])
+    assert not bad and [text[:6] for _, text, _ in documents] == ["Page 1", "Page 0"]
+    documents, bad = read_one(tmp_path, record(f"{OK}\r\n{header}", whole[: len(whole) // 2]) + RECORDS[0])
+    assert [text[:6] for _, text, _ in documents] == ["Page 0"], "no part of a text that is cut is taken"
+    assert len(bad) == 1 and "record 1 is damaged in its content" in bad[0]
+
+
+def test_metadata_and_bytes_of_no_encoding(tmp_path):
+    wet = record("", "wörds ".encode() * 40 + b"\xff", kind="conversion", extra="WARC-Truncated: length\r\n")
+    documents, bad = read_one(tmp_path, wet)
+    assert not bad and documents[0][1].count("wörds") == 40
+    assert documents[0][2]["truncated"] == "length" and documents[0][2]["url"] == "http://a/"
+    assert "repaired_from" in documents[0][2]
+
+
+def test_long_pages_are_named_packed_or_not(tmp_path):
+    long = b"<p>" + b"word " * 400_000 + b"</p>"
+    records = [
+        record(OK, long),
+        record(f"{OK}\r\nContent-Encoding: gzip", gzip.compress(long)),
+        record("", long, kind="conversion"),
+    ]
+    documents, bad = read_one(tmp_path, b"".join(records) + RECORDS[0], limit=100_000)
+    assert [key for key, _, _ in documents] == ["a.warc:4"]
+    assert bad == [
+        f"{tmp_path}/a.warc, record {number} is longer than 100000 bytes (max_document_bytes)." for number in (1, 2, 3)
+    ]
