@@ -1,11 +1,12 @@
 """Benchmark workers: long-lived processes that run the project's own code when they are told to.
 
-    python scripts/benchmark.py train --shape a
+    python scripts/benchmark.py train --shape a            # a, b: for CPUs; c: for a GPU
+    python scripts/reference_training.py --shape a         # PyTorch's side, by the same protocol
 
 prints `{"ready": NAME}` when warm (compiled, two steps done), then for each line `go N` on standard input runs N
 optimizer steps, waits for the device and prints tokens per second, milliseconds per step, the last loss and the peak
-resident memory as one JSON line. `quit` or the end of input ends it. Ratios between workers that take turns hold where
-absolute figures drift with the machine. Add `--steps N` to run once without the protocol.
+resident memory (on an accelerator its memory, too) as one JSON line. `quit` or the end of input ends it. Ratios between
+workers that take turns hold where absolute figures drift with the machine. Add `--steps N` to run once without the protocol.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import statistics
 import subprocess
@@ -20,12 +22,19 @@ import sys
 import tempfile
 import time
 
-# width, layers, heads, mlp, vocabulary, length, batch: a small model, and GPT-2 small.
-SHAPES = {"a": (256, 4, 4, 1024, 512, 256, 16), "b": (768, 12, 12, 3072, 50304, 512, 4)}
+# width, layers, heads, mlp, vocabulary, length, batch: a small model, and GPT-2 small, twice.
+SHAPES = {
+    "a": (256, 4, 4, 1024, 512, 256, 16),
+    "b": (768, 12, 12, 3072, 50304, 512, 4),
+    "c": (768, 12, 12, 3072, 50304, 1024, 32),
+}
 
 
-def train_worker(shape, has_kept_heap):
-    """Returns (run, tokens per step, notes): `run(n)` does n steps of the real model, optimizer and step."""
+def train_worker(shape, has_kept_heap, documents):
+    """Returns (run, tokens per step, FLOPs per token, notes): `run(n)` does n steps of the real model, optimizer and step.
+
+    documents: equal parts of a row whose tokens see only their own; 0: the step is not told of documents.
+    """
     from llmos_jax.compute import host
 
     notes = {"keep_heap": has_kept_heap and host.keep_heap()}
@@ -34,6 +43,7 @@ def train_worker(shape, has_kept_heap):
     import numpy as np
 
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    from llmos_jax.compute import xla
     from llmos_jax.compute.mesh import MeshConfig
     from llmos_jax.compute.sharding import make_placement
     from llmos_jax.models import gpt
@@ -56,9 +66,12 @@ def train_worker(shape, has_kept_heap):
         "positions": jnp.tile(jnp.arange(length, dtype=jnp.int32), (rows, 1)),
         "weights": jnp.ones((rows, length), jnp.float32),
     }
+    if documents:
+        shared["segments"] = jnp.tile(1 + jnp.arange(length, dtype=jnp.int32) * documents // length, (rows, 1))
     batches = [{"tokens": jnp.array(t[:, :-1]), "targets": jnp.array(t[:, 1:])} | shared for t in tokens]
     trained, done = state.init_state(handle, optimizer, placement, 0), 0
-    compiled = compiled.lower(trained, batches[0], jnp.float32(0)).compile()
+    lowered = compiled.lower(trained, batches[0], jnp.float32(0))
+    compiled = xla.compile_lowered(lowered, xla.compiler_options(jax.devices()[0]))
     host.return_free_memory()
 
     def run(count):
@@ -68,7 +81,7 @@ def train_worker(shape, has_kept_heap):
             done += 1
         return float(metrics["train/loss"])
 
-    return run, rows * length, notes
+    return run, rows * length, gpt.flops_per_token(model, length), notes
 
 
 def shape_settings(shape, steps):
@@ -128,18 +141,22 @@ def main():
     parser.add_argument("--shape", choices=SHAPES, default="a")
     parser.add_argument("--name", default="llmos")
     parser.add_argument("--no-keep-heap", action="store_true", help="let glibc return freed memory, as it does by default")
+    parser.add_argument("--documents", type=int, default=0, help="documents that a row is packed from")
     parser.add_argument("--steps", type=int, help="run this many steps once and leave")
     args = parser.parse_args()
     if args.what == "start":
         return measure_start(args.shape)
     if args.what == "overhead":
         return measure_overhead(args.shape, args.steps or 60)
-    from llmos_jax.compute import host
+    run, tokens_per_step, flops_per_token, notes = train_worker(args.shape, not args.no_keep_heap, args.documents)
+    serve(args.name, run, tokens_per_step, flops_per_token, device_peak_bytes, notes, args.steps)
 
-    run, tokens_per_step, notes = train_worker(args.shape, not args.no_keep_heap)
+
+def serve(name, run, tokens_per_step, flops_per_token, device_peak_bytes, notes, steps):
+    """Warms up, then answers the protocol's lines; or takes `steps` steps once."""
     run(2)
-    print(json.dumps({"ready": args.name} | notes), flush=True)
-    for line in [f"go {args.steps}"] if args.steps else sys.stdin:
+    print(json.dumps({"ready": name} | notes), flush=True)
+    for line in [f"go {steps}"] if steps else sys.stdin:
         words = line.split()
         if not words or words[0] == "quit":
             break
@@ -147,14 +164,17 @@ def main():
         start = time.perf_counter()
         loss = run(count)
         seconds = time.perf_counter() - start
-        reading = {
-            "name": args.name,
-            "tok_s": count * tokens_per_step / seconds,
-            "ms": 1e3 * seconds / count,
-            "loss": loss,
-            "rss_gb": host.peak_memory_bytes() / 2**30,
-        }
-        print(json.dumps(reading), flush=True)
+        rate = count * tokens_per_step / seconds
+        reading = {"name": name, "tok_s": rate, "tflop_s": rate * flops_per_token / 1e12, "ms": 1e3 * seconds / count}
+        reading |= {"loss": loss, "rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        print(json.dumps(reading | {"device_gb": device_peak_bytes() / 2**30}), flush=True)
+
+
+def device_peak_bytes():
+    """Returns the most memory that was in use on the accelerator; 0 on CPU."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
     python scripts/benchmark_inference.py --transformers /tmp/reference/bin/python     # `scripts/reference_models.py` makes one
     python scripts/benchmark_inference.py                                              # the engine alone
+    python scripts/benchmark_inference.py --model=1b --device=cuda --transformers python3 --only=compare     # on a GPU
 
-A float32 Llama of 33.6 million parameters (hidden 512, 8 layers, 8 heads of queries, 4 of keys, MLP 1536, vocabulary 8192) with
-random weights, prompts of 512 tokens, 128 greedy tokens. One JSON line per measurement, medians of `--repeats`. Decoding is the
-time of 128 tokens less that of the first one. With random weights a greedy text soon repeats itself, which flatters drafts:
-they are measured on their own, and every ratio to transformers is taken without them.
+Models with random weights: 33m, a float32 Llama of 33.6 million parameters (hidden 512, 8 layers, 8 heads of queries, 4 of
+keys, MLP 1536, vocabulary 8192), and 1b, the shape of Llama 3.2 1B with 32,768 tokens, in bfloat16. Prompts of 512 tokens, 128
+greedy tokens. One JSON line per measurement, medians of `--repeats`. Decoding is the time of 128 tokens less that of the first
+one. With random weights a greedy text soon repeats itself, which flatters drafts: they are measured on their own, and every
+ratio to transformers is taken without them.
 """
 
 import argparse
@@ -19,12 +21,15 @@ import sys
 import tempfile
 import time
 
-SIZES = dict(vocab_size=8192, context=1024, width=512, layers=8, heads=8, kv_heads=4, mlp=1536)
+MODELS = {
+    "33m": dict(vocab_size=8192, context=1024, width=512, layers=8, heads=8, kv_heads=4, mlp=1536, dtype="float32"),
+    "1b": dict(vocab_size=32768, context=1024, width=2048, layers=16, heads=32, kv_heads=8, mlp=8192, dtype="bfloat16"),
+}
 PROMPT, NEW = 512, 128
 
 
-def make_model():
-    """Returns (handle, params, config) of the benchmark's model on one device."""
+def make_model(name="33m"):
+    """Returns (handle, params, config) of a benchmark's model on one device."""
     import functools
 
     from llmos_jax.compute import host
@@ -37,11 +42,11 @@ def make_model():
     from llmos_jax.models import llama
     from llmos_jax.train.state import describe_model
 
-    config = llama.Config(**SIZES)
+    config = llama.Config(**MODELS[name])
     placement = make_placement(None, jax.devices()[:1])
     handle = describe_model(functools.partial(llama.build, config, placement), placement)
     params = jax.jit(handle.init)(jax.random.key(0))
-    return handle, jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, params), config
+    return handle, jax.tree.map(lambda x: (3 * x if x.ndim > 1 else x).astype(config.dtype), params), config
 
 
 def make_engine(model, **choices):
@@ -55,10 +60,10 @@ def make_engine(model, **choices):
 
 
 def prompts(rows, length, seed=0):
-    """Returns rows of random tokens."""
+    """Returns rows of random tokens, which every model knows."""
     import numpy as np
 
-    return np.random.default_rng(seed).integers(0, SIZES["vocab_size"], (rows, length)).tolist()
+    return np.random.default_rng(seed).integers(0, MODELS["33m"]["vocab_size"], (rows, length)).tolist()
 
 
 def seconds(run):
@@ -87,8 +92,8 @@ class Ours:
 class Theirs:
     """transformers in a process of its own, which waits while we run."""
 
-    def __init__(self, python, folder):
-        command = [python, __file__, "--worker", str(folder)]
+    def __init__(self, python, folder, device):
+        command = [python, __file__, "--worker", str(folder), "--device", device]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def generate(self, rows, new_tokens):
@@ -107,16 +112,16 @@ class Theirs:
         self.process.wait()
 
 
-def worker(folder):
+def worker(folder, device):
     """Answers generation requests, one JSON line each, with transformers."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").to(device)
     choices = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
     for line in sys.stdin:
         asked = json.loads(line)
-        rows = torch.tensor(asked["rows"])
+        rows = torch.tensor(asked["rows"], device=device)
         count = dict(max_new_tokens=asked["new_tokens"], min_new_tokens=asked["new_tokens"])
         with torch.inference_mode():
             taken, found = seconds(lambda rows=rows, count=count: model.generate(rows, **count, **choices))
@@ -236,14 +241,16 @@ def main():
     parser.add_argument("--transformers", metavar="PYTHON", help="an interpreter with torch and transformers")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", choices=("compare", "batching", "reuse", "drafts", "start"))
+    parser.add_argument("--model", choices=MODELS, default="33m")
+    parser.add_argument("--device", default="cpu", help="where transformers computes: cpu or cuda (the engine: $JAX_PLATFORMS)")
     parser.add_argument("--worker", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--start", action="store_true", help=argparse.SUPPRESS)
     values = parser.parse_args()
     if values.worker:
-        return worker(values.worker)
+        return worker(values.worker, values.device)
     if values.start:
         return start()
-    model = make_model()
+    model = make_model(values.model)
     parts = {"batching": measure_batching, "reuse": measure_reuse, "drafts": measure_drafts, "start": measure_start}
     if values.only in (None, "compare"):
         contestants = {"engine": Ours(make_engine(model, draft_tokens=0))}
@@ -252,8 +259,8 @@ def main():
                 from llmos_jax.interop.huggingface import save_checkpoint
 
                 folder = pathlib.Path(scratch) / "model"
-                save_checkpoint(model[1], model[2], folder, dtype="float32")
-                contestants["transformers"] = Theirs(values.transformers, folder)
+                save_checkpoint(model[1], model[2], folder, dtype=model[2].dtype)
+                contestants["transformers"] = Theirs(values.transformers, folder, values.device)
             for batch in (1, 8):
                 compare(contestants, batch, values.repeats)
             if values.transformers:

@@ -1,16 +1,18 @@
-"""Every test sees eight virtual CPU devices and a cache folder of its own session."""
+"""Every test sees eight virtual CPU devices (or those of $LLMOS_TEST_PLATFORM) and a cache folder of its own session."""
 
 import importlib.metadata
 import os
 import tempfile
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+_PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")  # for tests/test_accelerator.py, on a machine that has one
+os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
 # Most of the suite's time is compilation for eight devices: without LLVM's optimisation and MLIR for each fusion a third of it
 # is left, and products are a library's in any case. Later jaxlibs don't know the last flag, and end where they are given it.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+if _PLATFORM == "cpu":
+    os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 if "PYTEST_XDIST_WORKER" not in os.environ:  # the workers share the folder of the process that started them
     _FOLDER = tempfile.TemporaryDirectory(prefix="llmos-tests-")
     os.environ["LLMOS_CACHE"] = _FOLDER.name

@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from llmos_jax.compute import hlo, memory
+from llmos_jax.compute import hlo, memory, xla
 from llmos_jax.compute.devices import chip_named
 from llmos_jax.errors import ConfigError, DeviceMemoryError
 
@@ -59,7 +59,7 @@ def compile_and_read(lowered, compiler_options=None):
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             jax.config.update("jax_enable_compilation_cache", False)  # a program out of the cache leaves no texts
-            compiled = lowered.compile(compiler_options=dict(compiler_options or {}) | dump)
+            compiled = xla.compile_lowered(lowered, dict(compiler_options or {}) | dump)
         except jax.errors.JaxRuntimeError as error:
             if memory.is_out_of_memory(error):
                 raise DeviceMemoryError(f"the step does not fit: {_first_sentence(error)}") from None

@@ -116,6 +116,11 @@ class Placement:
         return dataclasses.replace(self, rules=self.optimizer_rules)
 
 
+def platform_of(placement):
+    """Returns the platform of a Placement, or of JAX's default devices where it is None."""
+    return jax.default_backend() if placement is None else placement.platform
+
+
 def chunks_of_shard(shard, shards):
     """Returns which two of the 2 x `shards` chunks of a row a shard of its length holds: an early one, a late one.
 

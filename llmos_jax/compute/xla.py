@@ -5,10 +5,13 @@ be set before JAX starts. `train.compiler_options` adds to them, changes them, o
 """
 
 import dataclasses
+import re
 
+import jax
 from absl import logging
 
 from llmos_jax.compute.devices import chip_named
+from llmos_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,15 +42,12 @@ _SPARSE_CORES = (
 _NVIDIA = "https://docs.nvidia.com/jax-toolbox/performance-profiling/gpu-performance"
 _NOT_MEASURED = "taken from its source, which trains language models by it; not measured here"
 _COMBINED = "xla_gpu_{}_combine_threshold_bytes"
-_PIPELINED = "xla_gpu_enable_pipelined_{}"
+# The source's xla_gpu_enable_pipelined_* are left out: jaxlib 0.11 has them no more, and refuses programs that ask for them.
 _GPU = (
     Option("xla_gpu_enable_latency_hiding_scheduler", True, _NVIDIA, _NOT_MEASURED),
     Option(_COMBINED.format("all_gather"), 2**27, _NVIDIA, _NOT_MEASURED),
     Option(_COMBINED.format("reduce_scatter"), 2**27, _NVIDIA, _NOT_MEASURED),
     Option(_COMBINED.format("all_reduce"), 2**27, _NVIDIA, _NOT_MEASURED),
-    Option(_PIPELINED.format("all_gather"), True, _NVIDIA, _NOT_MEASURED),
-    Option(_PIPELINED.format("reduce_scatter"), True, _NVIDIA, _NOT_MEASURED),
-    Option(_PIPELINED.format("all_reduce"), True, _NVIDIA, _NOT_MEASURED),
     Option("xla_gpu_enable_while_loop_double_buffering", True, _NVIDIA, _NOT_MEASURED),
 )
 # By a chip's name in `devices.CHIPS`, or by platform. What they gave is the share of bytes sent by asynchronous collectives:
@@ -66,6 +66,20 @@ def compiler_options(device, overrides=()):
     chosen = {option.name: option.value for key in keys for option in OPTIONS[key]}
     chosen |= {name: _value(text) for name, text in dict(overrides).items()}
     return {name: value for name, value in chosen.items() if value is not None}
+
+
+def compile_lowered(lowered, options):
+    """Returns `lowered` compiled with {name: value} options; ConfigError for one that this compiler doesn't have."""
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise ConfigError(
+            f"the compiler of jaxlib {jax.lib.__version__} has no option {unknown[1]!r}: take it out of "
+            f"train.compiler_options, or, where compute/xla.py asks for it, set train.compiler_options.{unknown[1]}=none."
+        ) from None
 
 
 def _value(text):

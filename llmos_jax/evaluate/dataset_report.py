@@ -9,6 +9,7 @@ import math
 
 import numpy as np
 
+from llmos_jax.data.clean import pii_audit
 from llmos_jax.evaluate.page import BLUE, bar_chart, figures, printable, table, write_page
 
 REPORT_FILE = "report.html"
@@ -48,7 +49,7 @@ def write_dataset_report(path, version):
         f"<p class='note'>{_LEGEND}</p>",
         _histograms(kept, removed),
         _clusters(kept),
-        _personal_data(kept),
+        _personal_data(version),
         "<h2>Samples of what was kept</h2>",
         *(_sample(key, "", text) for key, text in kept.samples.chosen("")),
         "<h2>Samples of what was removed</h2>",
@@ -69,7 +70,7 @@ class _Survey:
     def __init__(self):
         self.lengths, self.samples = _Histogram(), _Samples()
         self.numbers, self.words, self.groups = {}, {}, {}
-        self.clusters, self.sums = [], collections.Counter()
+        self.clusters = []
 
 
 def _survey(version, kind):
@@ -113,9 +114,7 @@ def _survey_attribute(survey, name, read):
         places = places[np.argsort(-values[places], kind="stable")][:_MOST_CLUSTERS]
         survey.clusters += [(int(values[place]), name.partition("/")[0], read["key"][int(place)].as_py()) for place in places]
         survey.groups.setdefault(name, _Histogram()).add(values[values > 1])
-    elif short.startswith("pii_"):
-        survey.sums[short.removeprefix("pii_")] += int(values.sum())
-    elif short not in _NO_QUANTITY:
+    elif short not in _NO_QUANTITY and not short.startswith("pii_"):
         survey.numbers.setdefault(name, _Histogram()).add(values)
 
 
@@ -247,11 +246,12 @@ def _clusters(kept):
     return heading + "<h2>The largest of them</h2>" + table(("documents", "step", "the one that stays"), rows)
 
 
-def _personal_data(kept):
-    if not kept.sums:
+def _personal_data(version):
+    """Returns what the steps `pii` took out, of documents that later steps removed, too: as `dataset audit` counts it."""
+    if not any(step["step"] == "pii" for step in version.manifest["settings"]["steps"]):
         return ""
-    rows = [(name, count) for name, count in sorted(kept.sums.items(), key=lambda item: -item[1])]
-    return "<h2>Personal data that was taken out</h2>" + table(("class", "items"), rows)
+    rows = [(kind, found["count"], found["documents"]) for kind, found in pii_audit.audit(version)["kinds"].items()]
+    return "<h2>Personal data that was taken out</h2>" + table(("kind", "items", "documents"), rows) if rows else ""
 
 
 def _sources(manifest):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmos_jax.compute.sharding import platform_of
 from llmos_jax.errors import ConfigError
 from llmos_jax.models.attention_context import context_attention
 from llmos_jax.models.attention_cpu import HIDDEN, blocked_attention
@@ -143,7 +144,7 @@ class _Call:
             is_causal=is_causal,
             has_segments=segments_BL is not None,
             window=window,
-            platform=placement.platform if placement is not None else jax.default_backend(),
+            platform=platform_of(placement),
             compute_capability=getattr(device, "compute_capability", None),
             length_shards=1 if placement is None or placement.mesh is None else placement.axis_size("length"),
             has_softcap=softcap is not None,

@@ -7,19 +7,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from llmos_jax.compute.sharding import platform_of
 from llmos_jax.models.layers import matmul
 
-# Logits elements alive at once: 128 MiB in float32. Larger chunks gain nothing, smaller ones lose matmul efficiency.
-_CHUNK_ELEMENTS = 2**25
+# Logits elements alive at once: 128 MiB in float32. On a CPU larger chunks gain nothing, smaller ones lose matmul efficiency;
+# on a GPU every chunk reads and writes the weight's gradient once more (H200, GPT-2 small: 1.14 times the speed by 1 GiB).
+_CHUNK_ELEMENTS, _CHUNK_ELEMENTS_GPU = 2**25, 2**28
 
 
-def chunk_length(rows, length, vocab_size, shards=1, length_shards=1):
+def chunk_length(rows, length, vocab_size, shards=1, length_shards=1, elements=_CHUNK_ELEMENTS):
     """Returns into pieces of how many positions rows of `length` are cut: the largest divisor that fits the budget.
 
-    `shards`: over how many devices rows, vocabulary and length of the logits are laid; the budget is per device.
+    `shards`: over how many devices rows, vocabulary and length of the logits are laid; the budget of `elements` is per device.
     `length_shards`: over how many the length of the hidden states is; every piece holds an equal part of each.
     """
-    fits = max(1, _CHUNK_ELEMENTS * shards // (rows * vocab_size * length_shards))
+    fits = max(1, elements * shards // (rows * vocab_size * length_shards))
     local = length // length_shards
     return length_shards * next(size for size in range(min(fits, local), 0, -1) if local % size == 0)
 
@@ -109,7 +111,8 @@ _cross_entropy.defvjp(_forward, _backward)
 
 def _default_chunk(rows, length, vocab_size, placement):
     shards = math.prod(placement.axis_size(axis) for axis in ("batch", "length", "vocab")) if placement else 1
-    return chunk_length(rows, length, vocab_size, shards, _length_shards(length, placement))
+    elements = _CHUNK_ELEMENTS_GPU if platform_of(placement) == "gpu" else _CHUNK_ELEMENTS
+    return chunk_length(rows, length, vocab_size, shards, _length_shards(length, placement), elements)
 
 
 def _laid(placement, x, *axes):

@@ -305,7 +305,7 @@ def _compile(run):
     """Returns the compiled step, having checked that it fits the device."""
     traced, state = trace_step(run.settings, run.task, run.handle, run.optimizer, run.placement)
     device = jax.local_devices()[0]
-    compiled = traced.lower().compile(xla.compiler_options(device, run.settings.train.compiler_options))
+    compiled = xla.compile_lowered(traced.lower(), xla.compiler_options(device, run.settings.train.compiler_options))
     memory.check_fit(compiled, state_parts(state), memory.device_limit_bytes(device))
     return compiled
 

@@ -200,6 +200,14 @@ def test_options_are_chosen_by_device_and_changed_by_name():
     assert xla.compiler_options(jax.devices()[0]) == {}
 
 
+def test_the_compiler_knows_every_option_for_gpus():
+    """Names are looked up in one table whatever the program is compiled for, so a CPU's compiler refuses what a GPU's would."""
+    lowered = jax.jit(lambda x: x + 1).lower(1.0)
+    assert xla.compile_lowered(lowered, {option.name: option.value for option in xla.OPTIONS["gpu"]})(1.0) == 2.0
+    with pytest.raises(ConfigError, match="no option 'xla_gpu_of_old': take it out of train.compiler_options"):
+        xla.compile_lowered(lowered, {"xla_gpu_of_old": True})
+
+
 def test_the_verb_says_what_is_missing(capsys):
     assert main(["llmos", "plan", "--config=experiments/gpt.py"]) == 78
     assert "plan needs --config and --topology" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def write_version(directory, config, inputs, funnel, outputs, notes):
         "funnel": funnel,
         "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
-        "bad": {"count": inputs["bad_count"], "messages": inputs["bad"]},
+        "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
         "passed_over": inputs["passed_over"],
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
@@ -348,6 +348,14 @@ def _write(directory, objects, number, manifest, files):
     except OSError as error:
         raise DataError(f"{folder} could not be written ({error.strerror}): make room, or name another --workdir.") from error
     return Version(folder, manifest)
+
+
+def _guarded(messages, steps):
+    """Returns messages, which may quote what was read, without what steps `protect`."""
+    for step in steps:
+        if getattr(step, "protect", None):
+            messages = [step.protect(message) for message in messages]
+    return messages
 
 
 def _link(source, target):

@@ -8,6 +8,7 @@ their country's words nearby (`context`).
 import dataclasses
 import re
 
+from llmos_jax.data.clean.pii_view import bounded, compact
 from llmos_jax.errors import ConfigError
 
 
@@ -53,7 +54,7 @@ _ANYWHERE = (
 )
 # Bare digits with little to check: only near a word that names them.
 _NAMED = (
-    NationalId("us_ssn", "us.ssn", r"\d{3}[ .]?\d\d[ .]?\d{4}", ("ssn", "ssns", "social", "taxpayer")),
+    NationalId("us_ssn", "us.ssn", r"\d{3}[ .-]?\d\d[ .-]?\d{4}", ("ssn", "ssns", "social", "taxpayer")),
     NationalId("br_cpf", "br.cpf", r"\d{11}", ("cpf", "contribuinte")),
     NationalId("cl_rut", "cl.rut", r"\d{7,8}-?[\dkK]", ("rut", "run")),
     NationalId("ca_sin", "ca.sin", r"\d{3}[ -]?\d{3}[ -]?\d{3}", ("sin", "insurance", "nas")),
@@ -95,9 +96,8 @@ _NAMED = (
 KINDS = tuple(sorted({rule.kind for rule in _ANYWHERE + _NAMED}))
 # How far before and after a number its name may stand, characters.
 _BEFORE, _AFTER = 60, 25
-# Numbers without six digits in a row; they start with five capitals, and a digit follows.
+# Numbers without six digits in a row; they start with five or six capitals, and a digit follows.
 _FEW_DIGITS = ("it_codice_fiscale", "in_pan")
-_FIVE_CAPITALS = re.compile(r"[A-Z]{5}(?=[0-9]{4}[A-Z]|[A-Z][0-9L-V]{2}[A-Z])", re.ASCII)
 _WORD = re.compile(r"[^\W\d_]+")
 
 
@@ -117,17 +117,22 @@ class NationalIds:
         self._scripts = tuple(word for word in self._by_word if ord(word[0]) > 0x0E00)  # written without spaces
 
     def find(self, view):
-        """Yields (start, end, kind) for a `pii_patterns.View`."""
+        """Yields (start, end, kind) for a `pii_view.View`."""
         text = view.text
-        for start in view.capitals:
-            if _FIVE_CAPITALS.match(text, start):
-                yield from self._of_few_digits.find(text, start, start + 16)
+        for place in view.capitals:
+            yield from self._of_few_digits.find(text, max(0, place - 6), place + 12)
         for start, end in view.runs:
-            yield from self._of_digits.find(text, start, end)
+            # A little more than the run, for what may not follow it.
+            yield from self._of_digits.find(text, start, end + 2)
             yield from self._of_letters.find(text, max(0, start - 5), min(len(text), end + 10))
             for shapes in self._named(text[max(0, start - _BEFORE) : start], text[end : end + _AFTER]):
                 # Behind the run there may be a check letter; far into a long one nothing is named any more.
                 yield from shapes.find(text, start, min(end + 3, start + _BEFORE + _AFTER))
+
+    @staticmethod
+    def normal(value):
+        """Returns an id without separators, in capitals."""
+        return compact(value)
 
     def _named(self, before, after):
         words = _WORD.findall(before.lower()) + _WORD.findall(after.lower())
@@ -151,11 +156,6 @@ class _Shapes:
                     break
 
 
-def bounded(pattern):
-    """Returns a compiled pattern that matches whole ASCII words only: in Chinese, numbers touch the text."""
-    return re.compile(rf"(?<![\w+])(?<!\w-)(?<!\d\.)(?:{pattern})(?!\w|[-.]\w)", re.ASCII)
-
-
 def _check(rule):
     """Returns the function that says whether the digits of a match are right."""
     if rule.module == "":
@@ -167,7 +167,9 @@ def _check(rule):
     except ImportError:
         raise ConfigError("national ids need python-stdnum: pip install 'llmos-jax[privacy]'") from None
     country, name = rule.module.split(".")
-    return stdnum.util.get_cc_module(country.rstrip("_"), name).is_valid
+    is_valid = stdnum.util.get_cc_module(country.rstrip("_"), name).is_valid
+    # Of the separators that people write, these checks know hyphens alone.
+    return (lambda number: is_valid(compact(number))) if country == "us" else is_valid
 
 
 def _is_taiwan_id(number):

@@ -14,7 +14,7 @@ _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
 # Beside a file of documents: where each key stands, so that one is found without reading all files.
 INDEXES = {"documents": "index", "removed": "removed-index"}
-VERSION = 3
+VERSION = 4
 _PLACE = np.dtype([("hash", np.uint64), ("row", np.uint32)])
 
 
@@ -31,9 +31,9 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
     # The number of the step that removed each document: what later steps once found about it is not shown.
     ended = np.array([order[step] if step else len(order) for step, _, _ in split], np.int64)
     cuts = _apply_layers(objects, documents, files, layers, attributes, ended)
-    for guard in parse_steps(guards):
-        _protect(guard.protect, documents, ended < len(order), cuts)
     found = {step: objects.read_arrays(name) for step, name in attributes}
+    for guard in parse_steps(guards):
+        _protect(guard.protect, documents, ended < len(order), cuts, found)
     is_here = reasons == ""
     result, names = {}, []
 
@@ -85,12 +85,17 @@ def rows_of_key(index, key):
     return places["row"][first:last].tolist()
 
 
-def _protect(protect, documents, is_removed, cuts):
-    """Applies `protect` to what no step saw it in: removed documents, cuts of other steps, and all metadata."""
+def _protect(protect, documents, is_removed, cuts, found):
+    """Applies `protect` to what no step saw it in: removed documents, cuts of other steps, metadata, and attributes of text."""
     for place in np.flatnonzero(is_removed):
         documents.texts[place] = protect(documents.texts[place])
     cuts["removed"] = [protect(text) for text in cuts["removed"]]
     documents.metadata = [_protected(item, protect) for item in documents.metadata]
+    for arrays in found.values():
+        for name, values in arrays.items():
+            if values.dtype.kind == "U":
+                different, places = np.unique(values, return_inverse=True)
+                arrays[name] = np.array([protect(value) for value in different.tolist()], np.str_)[places]
 
 
 def _protected(item, protect):

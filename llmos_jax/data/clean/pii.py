@@ -14,6 +14,7 @@ import numpy as np
 from llmos_jax.config import setting
 from llmos_jax.data.clean import pii_patterns as patterns
 from llmos_jax.data.clean.national_ids import NationalIds
+from llmos_jax.data.clean.pii_view import View
 from llmos_jax.data.clean.secrets import Secrets
 from llmos_jax.data.clean.steps import Transform, register
 from llmos_jax.errors import ConfigError
@@ -49,12 +50,13 @@ class Pii(Transform):
     allow_file: str | None = setting(None, help="file of data that may stay, one a line")
     with_private_ips: bool = setting(False, help="take addresses of private networks, too")
     phone_regions: tuple[str, ...] = setting(
-        ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "AU", "JP", "MX", "PL", "SE", "CH"),
+        ("US", "GB", "DE", "FR", "ES", "IT", "NL", "BR", "IN", "AU", "JP", "MX", "PL", "SE", "CH")
+        + ("CN", "RU", "KR", "AT", "BE", "IE", "PT", "TR", "ZA"),
         help="countries whose own way of writing phone numbers is tried",
     )
 
     libraries = ("phonenumbers", "python-stdnum")
-    version = 1
+    version = 2
 
     def __post_init__(self):
         super().__post_init__()
@@ -82,7 +84,7 @@ class Pii(Transform):
             for finding in found:
                 counts[finding.name][number] += 1
             texts.append(scan.replace(text, found) if found else text)
-            removed.append("\n".join(f"{f.kind}: {masked(text[f.start : f.end])}" for f in found) or None)
+            removed.append("\n".join(f"{f.kind}: {masked(text[f.start : f.end], f.name)}" for f in found) or None)
         return texts, {f"pii_{name}": values for name, values in counts.items()}, removed
 
     def protect(self, text):
@@ -116,7 +118,7 @@ class Scanner:
             "address": patterns.StreetAddress,
             "person": _Names,
         }
-        self._detectors = [(name, makers[name]()) for name in CLASSES if name in step.classes]
+        self._detectors = {name: makers[name]() for name in CLASSES if name in step.classes}
         self._secret = None
         if step.replacement == "pseudonym":
             self._secret = _read("secret_file", step.secret_file).strip()
@@ -124,18 +126,21 @@ class Scanner:
                 raise ConfigError(f"pii.secret_file={step.secret_file} has {len(self._secret)} bytes; the least is 16.")
         self._allowed = [re.compile(expression) for expression in step.allow]
         lines = _read("allow_file", step.allow_file).decode("utf-8").splitlines() if step.allow_file else ()
-        self._allowed_values = frozenset(map(_normal, filter(None, map(str.strip, lines))))
+        values = list(filter(None, map(str.strip, lines)))
+        self._allowed_values = {name: {self._normal(name, value) for value in values} for name in self._detectors}
 
     def find(self, text):
         """Returns the Findings in `text` in order, none overlapping another."""
-        view = patterns.View(text)
+        view = View(text)
         found = [
-            Finding(start, end, name, kind) for name, detector in self._detectors for start, end, kind in detector.find(view)
+            Finding(start, end, name, kind)
+            for name, detector in self._detectors.items()
+            for start, end, kind in detector.find(view)
         ]
         found.sort()
         joined = []
         for finding in found:
-            if self._is_allowed(text[finding.start : finding.end]):
+            if self._is_allowed(finding.name, text[finding.start : finding.end]):
                 continue
             if joined and finding.start < joined[-1].end:
                 first = min(joined[-1], finding, key=lambda f: (_RANK[f.name], f.start - f.end))
@@ -155,32 +160,31 @@ class Scanner:
     def _stand_in(self, name, value):
         if self._secret is None:
             return f"[{name.upper()}]"
-        digest = hmac.new(self._secret, f"{name}\0{_normal(value)}".encode("utf-8", "surrogatepass"), hashlib.sha256)
+        digest = hmac.new(self._secret, f"{name}\0{self._normal(name, value)}".encode("utf-8", "surrogatepass"), hashlib.sha256)
         # 48 bits: among a million data two share a pseudonym with a chance of 1 in 500. Letters, so that it holds no number.
         return f"[{name.upper()}-{digest.hexdigest()[:12].translate(_LETTERS)}]"
 
-    def _is_allowed(self, value):
-        return (
-            bool(self._allowed_values)
-            and _normal(value) in self._allowed_values
-            or any(p.fullmatch(value) for p in self._allowed)
-        )
+    def _normal(self, name, value):
+        """Returns one spelling for all spellings of a datum of a class; what is none of it, is as it was written."""
+        try:
+            return self._detectors[name].normal(value)
+        except ValueError:
+            return value
+
+    def _is_allowed(self, name, value):
+        listed = self._allowed_values[name]
+        return bool(listed) and self._normal(name, value) in listed or any(p.fullmatch(value) for p in self._allowed)
 
 
 _LETTERS = str.maketrans("0123456789abcdef", "bcdfghjklmnpqrst")
 
 
-def masked(value):
-    """Returns what of a datum may be shown: its form, with the first character and the separators; at most 40 characters."""
+def masked(value, name=""):
+    """Returns what of a datum may be shown, at most 40 characters: the first and the separators; of a secret its length."""
     value = value[:40]
-    return value[:1] + re.sub(r"[^\W_]", "*", value[1:]).replace("\n", " ")
-
-
-def _normal(value):
-    """Returns one spelling for all spellings of a datum: case, width, spaces and separators of numbers."""
-    folded = unicodedata.normalize("NFKC", value).casefold()
-    has_letters = any(c.isalpha() for c in folded)
-    return " ".join(folded.split()) if has_letters else re.sub(r"[^\w+]", "", folded)
+    if name == "secret":
+        return "*" * len(value)
+    return value[:1] + re.sub(r"[^ .,@:/()+-]", "*", value[1:].replace("\n", " "))
 
 
 def _read(name, file):
@@ -204,3 +208,8 @@ class _Names:
         """Yields (start, end, "person")."""
         for found in self._engine.analyze(view.text, language="en", entities=["PERSON"]):
             yield found.start, found.end, "person"
+
+    @staticmethod
+    def normal(value):
+        """Returns a name in small letters with single spaces."""
+        return " ".join(unicodedata.normalize("NFKC", value).casefold().split())

@@ -4,44 +4,30 @@ Every pattern has bounded repetitions and is only asked where a cheap scan found
 time is linear in the text, whatever it holds.
 """
 
-import functools
 import ipaddress
 import re
+import unicodedata
 
-from llmos_jax.data.clean.national_ids import bounded
+from llmos_jax.data.clean.pii_view import bounded, compact, plain
 from llmos_jax.errors import ConfigError
 
-# Six digits and more with at most three separators between two of them: where numbers of all kinds are looked for.
-_RUN = re.compile(r"[0-9](?:[ .\-/()\u00a0\u2010\u2011\u2013]{0,3}+[0-9]){5,}+")
-
-
-# Words that begin as IBANs and ids do: two capitals and two digits, or five capitals.
-_CAPITALS = re.compile(r"[A-Z](?<!\w.)[A-Z](?:[0-9]{2}|[A-Z]{3})", re.ASCII)
-
-
-class View:
-    """A text with what several detectors ask for: in lower case, and the (start, end) of runs of six digits and more."""
-
-    def __init__(self, text):
-        self.text, self.lowered = text, text.lower()
-        if len(self.lowered) != len(text):  # a few letters become two
-            self.lowered = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-        self.runs = [match.span() for match in _RUN.finditer(text)]
-
-    @functools.cached_property
-    def capitals(self):
-        """Where words start that begin with two capitals and two digits, or with five capitals."""
-        return [match.start() for match in _CAPITALS.finditer(self.text)]
-
-
 # ---- e-mail
+# What is there and not seen: soft hyphen, zero-width space, word joiner, byte order mark.
+_UNSEEN = "\u00ad\u200b\u2060\ufeff"
 # Read backwards from the @.
-_LOCAL = re.compile(r"[\w.!#$%&'*+/=?^`{|}~-]{1,64}+|\"[^\"\s]{1,62}\"")
+_LOCAL = re.compile(rf"[\w.!#$%&'*+/=?^`{{|}}~{_UNSEEN}-]{{1,64}}+|\"[^\"\s]{{1,62}}\"")
 _DOMAIN = re.compile(
-    r"(?:[^\W_](?:[\w-]{0,61}[^\W_])?\.){1,8}(?:[^\W\d_]{2,24}|xn--[a-z0-9-]{2,59})(?!\w)|\[(?:IPv6:)?[0-9A-Fa-f.:]{3,45}\]"
+    rf"[{_UNSEEN}]{{0,2}}(?:(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?\.){{1,8}}(?:[^\W\d_]{{2,24}}|xn--[a-z0-9-]{{2,59}})(?!\w)"
+    r"|\[(?:IPv6:)?[0-9A-Fa-f.:]{3,45}\])"
 )
-_SPELT_AT = re.compile(r"[\[({] ?at ?[\])}] ?")
-_SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({] ?dot ?[\])}]|\.) ?[\w-]{2,24}){1,4}")
+# Other ways of writing an @, and the dot: `name [at] host [dot] org`, `name%40host.org`, `name&#64;host.org`.
+_SPELT_AT = re.compile(r"[\[({<%&](?:(?<![%&]) ?at ?[\])}>] ?|(?<=%)40|(?<=&)(?:#0{0,2}64|#x0{0,2}40|commat);)")
+_SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({<] ?dot ?[\])}>]|&#46;|\.) ?[\w-]{2,24}){1,4}")
+# `name at host dot org`: only with an ending that is no word of a sentence about dots.
+_SPOKEN = re.compile(
+    r"[\w.+-]{1,64}(?: dot [\w.+-]{1,40}){0,3} at (?:[\w-]{1,63} dot ){1,4}(?:com|org|net|edu|gov|info|io|dev|app|co|uk|de"
+    r"|fr|es|nl|pl|se|ch|eu|ca|au|jp|br|ru|cz|dk|fi|pt|ie|nz|mx|us)(?!\w)"
+)
 # What sentences, quotes and markup leave before an address.
 _NOT_FIRST = "'`*|{=/.&?~!#$%^-"
 _FILE_ENDINGS = frozenset(
@@ -84,19 +70,26 @@ class Email:
             if domain and start < place and not self._is_other(text, domain):
                 yield start, domain.end(), "email"
             place = text.find("@", place + 1)
-        if (
-            "at]" in view.lowered
-            or "at)" in view.lowered
-            or "at }" in view.lowered
-            or "at ]" in view.lowered
-            or "at )" in view.lowered
-        ):
-            for mark in _SPELT_AT.finditer(view.lowered):
-                domain = _SPELT_DOMAIN.match(view.lowered, mark.end())
-                before = mark.start() - text.endswith(" ", 0, mark.start())
-                start = domain and self._start(text, before)
-                if domain and start < before:
-                    yield start, domain.end(), "email"
+        for mark in _SPELT_AT.finditer(view.lowered):
+            domain = _SPELT_DOMAIN.match(view.lowered, mark.end())
+            before = mark.start() - text.endswith(" ", 0, mark.start())
+            start = domain and self._start(text, before)
+            if domain and start < before and not self._is_other(text, domain):
+                yield start, domain.end(), "email"
+        place = view.lowered.find(" dot ")
+        while place >= 0:
+            match = _SPOKEN.search(view.lowered, max(0, place - 140), place + 140)
+            if match:
+                yield match.start(), match.end(), "email"
+            place = view.lowered.find(" dot ", max(place + 5, match.end() if match else 0))
+
+    @staticmethod
+    def normal(value):
+        """Returns an address in small letters with a plain @ and plain dots."""
+        value = unicodedata.normalize("NFKC", plain(value)).casefold()
+        value = re.sub(f"[{_UNSEEN}]", "", value)
+        value = re.sub(rf"\s*(?:{_SPELT_AT.pattern})\s*| at ", "@", value, count=1)
+        return re.sub(r"\s*[\[({<] ?dot ?[\])}>]\s*| dot |&#46;|\s", lambda m: "." if m[0].strip() else "", value)
 
     @staticmethod
     def _start(text, end):
@@ -132,12 +125,14 @@ _LOCAL_UNICAST = ipaddress.ip_network("fc00::/6")
 _VERSION = re.compile(r"(?:version|release|firmware|build|ver|rev|section|§|chapter|oid)[.:\s#=v\"']{0,4}\Z", re.IGNORECASE)
 # Four small numbers are a version or a section more often than an address, unless something says so.
 _SMALL = re.compile(r"(?:[12]?\d\.){3}[12]?\d")
+_PORT = re.compile(r":\d{2,5}(?![\w:])", re.ASCII)
 _IP_WORD = re.compile(r"(?:\bip|ipv4|host\w*|addr\w*|from|server|client|ping|peer|dns|gateway|//|@)[\W]{0,4}\Z", re.IGNORECASE)
 
 
 def _is_version(text, match):
     before = (text, max(0, match.start() - 14), match.start())
-    return bool(_VERSION.search(*before) or (_SMALL.fullmatch(match[0]) and not _IP_WORD.search(*before)))
+    is_small = _SMALL.fullmatch(match[0]) and not _PORT.match(text, match.end())
+    return bool(_VERSION.search(*before) or (is_small and not _IP_WORD.search(*before)))
 
 
 class IpAddress:
@@ -162,6 +157,11 @@ class IpAddress:
                 if not (before.isalnum() or before in "_:.") and self._is_meant(match[0]):
                     yield match.start(), match.end(), "ip"
 
+    @staticmethod
+    def normal(value):
+        """Returns an address in its shortest form."""
+        return ipaddress.ip_address(plain(value)).compressed
+
     def _is_meant(self, address):
         try:
             parsed = ipaddress.ip_address(address)
@@ -173,7 +173,8 @@ class IpAddress:
 
 
 # ---- payment cards and accounts
-_CARD = bounded(r"\d{4}([ -])\d{4}\1\d{4}\1\d{4}(?:\1\d{3})?|3\d{3}([ -])\d{6}\2\d{4,5}|\d{12,19}")
+# Groups of digits with the same separator between them, once or twice.
+_CARD = bounded(r"\d{4}([ ._-]{1,2})\d{4}\1\d{4}\1\d{3,4}(?:\1\d{3})?|3\d{3}([ ._-]{1,2})\d{6}\2\d{4,5}|\d{12,19}")
 # Issuer ranges (prefix, lengths). Twelve to fourteen digits are also much else: these need a word.
 _ISSUERS = re.compile(
     r"4\d{15}(?:\d{3})?|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|3(?:0[0-5]|[68]\d|09)\d{11}"
@@ -192,13 +193,19 @@ class CreditCard:
         for start, end in view.runs:
             if end - start < 12:
                 continue
-            for match in _CARD.finditer(text, start, end):
-                digits = re.sub(r"[ -]", "", match[0])
+            # A little more than the run, for what may not follow it.
+            for match in _CARD.finditer(text, start, end + 2):
+                digits = compact(match[0])
                 is_card = _ISSUERS.fullmatch(digits) or (
                     _ISSUERS_NAMED.fullmatch(digits) and _CARD_WORD.search(text, max(0, match.start() - 40), match.start())
                 )
                 if is_card and luhn(digits):
                     yield match.start(), match.end(), "credit_card"
+
+    @staticmethod
+    def normal(value):
+        """Returns the digits of a card."""
+        return compact(value)
 
 
 def luhn(digits):
@@ -210,8 +217,9 @@ def luhn(digits):
     return total % 10 == 0
 
 
-_IBAN = re.compile(r"[A-Z](?<![\w-].)[A-Z]\d{2}(?:[ -]?[A-Z0-9]{4}){2,7}(?:[ -]?[A-Z0-9]{1,3})?(?![\w])", re.ASCII)
-_IBAN_COMPACT = re.compile(r"[ -]")
+_IBAN = re.compile(r"[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{4}){2,7}(?:[ -]?[A-Za-z0-9]{1,3})?(?!\w)", re.ASCII)
+# Before a run of digits: the country, the check digits, the letters of a bank, maybe the word itself.
+_BEFORE_IBAN = re.compile(r"(?<![A-Za-z0-9_-])(?:iban)?(?=[a-z]{2}\d\d)", re.ASCII | re.IGNORECASE)
 
 
 class Iban:
@@ -226,31 +234,40 @@ class Iban:
 
     def find(self, view):
         """Yields (start, end, "iban")."""
-        done = 0
-        for place in view.capitals:
-            match = _IBAN.match(view.text, place) if place >= done else None
+        text, done = view.text, 0
+        for run, end in view.runs:
+            if end - run < 9:
+                continue
+            before = _BEFORE_IBAN.search(text, max(done, run - 14), run + 4)
+            match = _IBAN.match(text, before.end()) if before else None
             if not match:
                 continue
             done = match.end()
-            # In running text a word in capitals may follow: try shorter ones, group by group.
+            # In running text a word may follow: try shorter ones, group by group.
             end = match.end()
             while end - match.start() >= 15:
-                if self._is_valid(_IBAN_COMPACT.sub("", view.text[match.start() : end])):
+                if self._is_valid(compact(text[match.start() : end])):
                     yield match.start(), end, "iban"
                     break
-                end = max(view.text.rfind(" ", match.start(), end), view.text.rfind("-", match.start(), end))
+                end = max(text.rfind(" ", match.start(), end), text.rfind("-", match.start(), end))
+
+    @staticmethod
+    def normal(value):
+        """Returns an IBAN without separators, in capitals."""
+        return compact(value)
 
 
 # ---- phone numbers
-_SEPARATOR = r"[ .\-/\u00a0\u2010\u2011\u2013]"
 # Nothing is tried twice (possessive throughout): digits, then groups of digits with or without parentheses.
+# An extension may follow.
 _PHONE = re.compile(
-    rf"(?<![\w.,=])(?<!\d[-/])(?:\+|\(\+|\()?+\d{{1,15}}+\)?+(?:{_SEPARATOR}{{0,2}}+\(?+\d{{1,15}}+\)?+){{0,7}}+(?![\w]|[-.,/]\d)",
+    r"(?<![\w.,])(?<!\d[-/])(?:\+|\(\+|\()?+\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+(?!(?!x\d)\w|[-.,/]\d)",
     re.ASCII,
 )
 _PHONE_WORD = re.compile(
-    r"(?:\b(?:tel|telephone|phone|mobile|mob|cell|fax|call|dial|whatsapp|sms|text|ring|t[eé]l[eé]phone|tel[eé]fono|telefon|telefoon"
-    r"|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact)\b|☎|📞|电话|手机|電話)\W{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
+    r"(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell|fax|call|dial|whatsapp|sms|text|ring|t[eé]l[eé]phone|tel[eé]fono|telefon"
+    r"|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact)(?:[ _-]?(?:number|num|no|nr))?(?![^\W_])"
+    r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
     re.IGNORECASE,
 )
 _DATE = re.compile(
@@ -258,7 +275,12 @@ _DATE = re.compile(
     r"|(?:19|20)\d\d\W{1,3}(?:19|20)\d\d"
 )
 _NEIGHBOUR = re.compile(r"\d\W\Z")
-_NORTH_AMERICAN = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d([ .-])[2-9]\d\d\1\d{4})")
+# Forms that say by themselves which country's number they hold.
+_NATIONAL_FORMS = re.compile(
+    r"(?P<US>(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d(?P<u>[ .-])[2-9]\d\d(?P=u)\d{4}))"
+    r"|(?P<FR>0[1-9](?P<f>[ .-])\d\d(?P=f)\d\d(?P=f)\d\d(?P=f)\d\d)|(?P<RU>8[ -]?\(\d{3}\)[ -]?\d{3}[ -]\d\d[ -]\d\d)"
+    r"|(?P<KR>01[016-9]-\d{3,4}-\d{4})|(?P<JP>0[5789]0-\d{4}-\d{4})|(?P<CN>1[3-9]\d(?P<c>[ -])\d{4}(?P=c)\d{4})"
+)
 
 
 class Phone:
@@ -284,22 +306,38 @@ class Phone:
         text, done = view.text, 0
         for start, end in view.runs:
             place = max(done, start - 5)
-            for match in _PHONE.finditer(text, place, end):
-                number = match[0]
-                digits = sum(map(str.isdigit, number))
-                if 7 <= digits <= 17 and self._is_phone(text, match, number, digits):
+            for match in _PHONE.finditer(text, place, end + 2):
+                digits = sum(map(str.isdigit, match[0]))
+                if 7 <= digits <= 17 and self._is_phone(text, match, digits):
                     yield match.start(), match.end(), "phone"
                 done = match.end()
 
-    def _is_phone(self, text, match, number, digits):
-        if number[0] == "+" or number.startswith(("(+", "00")):
-            plain = number.replace("(0)", "")
-            return self._is_valid(f"+{plain[2:]}" if plain.startswith("00") else plain, None)
+    def normal(self, value):
+        """Returns a number as +41446681800: in the region of its form, else in the first of `regions` where it is written so.
+
+        Of a number that several countries write alike, the first country's is taken.
+        """
+        number = _without_trunk(plain(value))
+        regions = [None] if number[:1] == "+" else [_region_of(number)]
+        if regions == [None] and number[:1] != "+":
+            regions = sorted(self.regions, key=lambda region: not self._is_written_so(number, region))
+        for region in regions:
+            if self._is_valid(number, region):
+                return self._library.format_number(self._library.parse(number, region), self._library.PhoneNumberFormat.E164)
+        return compact(value)
+
+    def _is_phone(self, text, match, digits):
+        number = _without_trunk(match[0])
+        if number[0] == "+":
+            return self._is_valid(number, None)
         if _DATE.fullmatch(number):
             return False
         is_named = _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
-        if _NORTH_AMERICAN.fullmatch(number):
-            return self._is_valid(number, "US")
+        if not is_named and text[match.start() - 1 : match.start()] == "=":
+            return False
+        region = _region_of(number)
+        if region:
+            return self._is_valid(number, region)
         if is_named:
             return any(self._is_valid(number, region) for region in self.regions)
         is_alone = (
@@ -331,6 +369,20 @@ class Phone:
             return library.is_valid_number(library.parse(number, region))
         except library.NumberParseException:
             return False
+
+
+def _without_trunk(number):
+    """Returns a number with + for 00, and without the trunk 0 that some write behind the country, as +44 (0)20."""
+    number = number.replace("(+", "+", 1) if number.startswith("(+") else number
+    if number.startswith(("+", "00")):
+        number = number.replace("(0)", "", 1)
+        return f"+{number[2:]}" if number.startswith("00") else number
+    return number.replace("(0)", "0", 1)
+
+
+def _region_of(number):
+    form = _NATIONAL_FORMS.fullmatch(number)
+    return form and next(name for name, value in form.groupdict().items() if value and name.isupper())
 
 
 # ---- street addresses
@@ -381,3 +433,8 @@ class StreetAddress:
                     yield match.start(), number.end(), "address"
         for match in _ROMANCE.finditer(text):
             yield match.start(), match.end(), "address"
+
+    @staticmethod
+    def normal(value):
+        """Returns an address in small letters without commas, with single spaces."""
+        return " ".join(re.sub(r"[,.]", " ", plain(value)).casefold().split())

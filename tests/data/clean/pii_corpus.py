@@ -10,6 +10,8 @@ import uuid
 import phonenumbers
 from faker import Faker
 
+from tests.data.clean.secret_corpus import SECRET_LOOKALIKES, secret
+
 _LOCALES = {}
 
 
@@ -42,8 +44,11 @@ def email(rng):
     locale = rng.choice(["en_US", "de_DE", "fr_FR", "pl_PL", "pt_BR"])
     fake = faker(locale)
     plain = rng.choice([fake.ascii_free_email, fake.ascii_company_email, fake.company_email, fake.free_email])()
-    form = rng.randrange(8)
+    form = rng.randrange(9)
     local, domain = plain.split("@")
+    if form == 8:
+        mark = rng.choice(["\uff20", "@\u200b", "%40", "&#64;", "(at)", " AT "])
+        return f"{local}{mark}{domain.replace('.', ' DOT ') if mark == ' AT ' else domain}", ""
     if form == 0:
         return f"{local}+news@{domain}", ""
     if form == 1:
@@ -67,7 +72,14 @@ def phone(rng):
             break
     forms = phonenumbers.PhoneNumberFormat
     named = rng.choice(["Phone: ", "Tel. ", "call me at ", "mobile ", "Fax: ", "Telefon: ", "WhatsApp "])
-    form = rng.randrange(6)
+    form = rng.randrange(7)
+    if form == 6:
+        national = phonenumbers.format_number(number, forms.NATIONAL)
+        if region == "FR":
+            return national.replace(" ", "."), ""
+        if region == "DE":
+            return national.replace(" ", " / ", 1), named
+        return str(number.national_number) if region == "US" else national, rng.choice(["phone=", "tel ", "phone_number: "])
     if form == 0:
         return phonenumbers.format_number(number, forms.INTERNATIONAL), ""
     if form == 1:
@@ -123,7 +135,10 @@ def credit_card(rng):
     body = prefix + digits(rng, length - len(prefix) - 1)
     number = body + luhn_digit(body)
     sizes = {16: (4, 4, 4, 4), 15: (4, 6, 5), 14: (14,), 19: (4, 4, 4, 4, 3)}[length]
-    return grouped(number, sizes, rng.choice(["", " ", "-"])), rng.choice(["", "Visa ", "paid with "])
+    if length == 15 and rng.random() < 0.3:
+        sizes = (4, 4, 4, 3)
+    separator = rng.choice(["", " ", "-", "\u00a0", "\u2013", ".", "  ", "\u202f", "_"])
+    return grouped(number, sizes, separator), rng.choice(["", "Visa ", "paid with "])
 
 
 def iban(rng):
@@ -140,7 +155,9 @@ def iban(rng):
         body = "".join(rng.choice(string.ascii_uppercase) for _ in range(letters)) + digits(rng, length - 4 - letters)
         number = int("".join(str(int(c, 36)) for c in body + country + "00"))
         text = f"{country}{98 - number % 97:02d}{body}"
-    return rng.choice([text, grouped(text, (4,) * 9, " ").strip()]), rng.choice(["", "IBAN: ", "account "])
+    spaced = rng.choice([" ", "-", "\u00a0"])
+    spellings = [text, grouped(text, (4,) * 9, spaced).strip(spaced), text.lower()]
+    return rng.choice(spellings), rng.choice(["", "IBAN: ", "account ", "IBAN"])
 
 
 # Country: length, leading letters of the account; only countries whose accounts have no further check digits.
@@ -222,7 +239,8 @@ def _nino(rng):
 _ANY = ["", "ID: ", "(", "number "]
 _NATIONAL = {
     "us_ssn": _from("en_US", "ssn", _ANY),
-    "us_ssn_bare": _from("en_US", "ssn", ["SSN ", "social security number: "], lambda s: s.replace("-", "")),
+    "us_ssn_bare": _from("en_US", "ssn", ["SSN ", "my social is "], lambda s: s.replace("-", " ")),
+    "us_ssn_dashes": _from("en_US", "ssn", _ANY, lambda s: s.replace("-", "\u2013")),
     "us_itin": _from("en_US", "itin", _ANY),
     "ca_sin": _from("en_CA", "ssn", ["SIN: ", "social insurance number "]),
     "gb_nino": (_nino, _ANY),
@@ -274,44 +292,6 @@ _NATIONAL = {
         ["TFN ", "tax file number: "],
     ),
 }
-
-
-def secret(rng):
-    alphanumeric = string.ascii_letters + string.digits
-
-    def draw(count, letters=alphanumeric):
-        return "".join(rng.choice(letters) for _ in range(count))
-
-    known = [
-        lambda: "AKIA" + draw(16, string.ascii_uppercase + string.digits),
-        lambda: "ghp_" + draw(36),
-        lambda: "github_pat_" + draw(82, alphanumeric + "_"),
-        lambda: "glpat-" + draw(20),
-        lambda: f"xoxb-{digits(rng, 12)}-{digits(rng, 12)}-{draw(24)}",
-        lambda: "sk_live_" + draw(24),
-        lambda: "sk-" + draw(48),
-        lambda: "sk-ant-api03-" + draw(93),
-        lambda: "hf_" + draw(34),
-        lambda: "AIza" + draw(35),
-        lambda: f"SG.{draw(22)}.{draw(43)}",
-        lambda: "npm_" + draw(36),
-        lambda: f"eyJ{draw(33)}.eyJ{draw(60)}.{draw(43)}",
-        lambda: (
-            "-----BEGIN RSA PRIVATE KEY-----\n"
-            + "\n".join(draw(64, alphanumeric + "+/") for _ in range(8))
-            + "\n-----END RSA PRIVATE KEY-----"
-        ),
-        lambda: "-----BEGIN OPENSSH PRIVATE KEY-----\n" + draw(70) + "\n-----END OPENSSH PRIVATE KEY-----",
-    ]
-    if rng.random() < 0.6:
-        return rng.choice(known)(), rng.choice(["", 'key = "', "token: ", "export X="])
-    value = draw(rng.randrange(16, 48))
-    if sum(c.isdigit() for c in value) < 2:
-        value += "7q4"
-    name = rng.choice(
-        ["password", "api_key", "API-KEY", "client_secret", "auth_token", "secretKey", "DB_PASSWORD", "access_key"]
-    )
-    return value, rng.choice([f'{name} = "', f"{name}='", f'"{name}": "', f"{name}: ", f"{name}="])
 
 
 MAKERS = {
@@ -386,19 +366,6 @@ LOOKALIKES = {
     "hash": lambda rng: f"commit {rng.getrandbits(160):040x}",
     "md5": lambda rng: f"md5 {rng.getrandbits(128):032x}",
     "part": lambda rng: f"{rng.choice(['RTX', 'AB', 'XJ'])}-{digits(rng, 4)}{rng.choice(string.ascii_uppercase)}",
-    "code": lambda rng: rng.choice(
-        [
-            "token = tokenizer.encode(text)",
-            "password = getpass.getpass()",
-            "key = os.environ['API_KEY']",
-            'secret: "${SECRET_1}"',
-            "api_key=YOUR_API_KEY_123",
-            'password = "changeme123"',
-            "self.token_type = token_types[0]",
-            "access_key = config.access_key_2",
-            "primary_key=True, key=lambda x2: x2",
-        ]
-    ),
     "phone-like": lambda rng: f"{digits(rng, 3)} {digits(rng, 2)} {digits(rng, 3)} items",
     "table": lambda rng: " ".join(digits(rng, rng.randrange(1, 5)) for _ in range(12)),
     "math": lambda rng: f"{digits(rng, 3)} + {digits(rng, 4)} = {digits(rng, 5)}",
@@ -411,6 +378,7 @@ LOOKALIKES = {
     ),
     "range": lambda rng: f"pages {rng.randrange(100, 300)}-{rng.randrange(300, 999)}",
     "arxiv": lambda rng: f"arXiv:{digits(rng, 4)}.{digits(rng, 5)}",
+    **SECRET_LOOKALIKES,
     "doi": lambda rng: f"doi:10.{digits(rng, 4)}/s{digits(rng, 5)}-{digits(rng, 3)}-{digits(rng, 5)}-{digits(rng, 1)}",
 }
 
@@ -427,6 +395,10 @@ def personal(seed, count):
     made = []
     for name, make in MAKERS.items():
         for _ in range(count):
+            if name == "secret":  # what stands around it is half of it
+                datum, text = make(rng)
+                made.append((name, datum, rng.choice(["", "See below:\n", "# "]) + text + rng.choice(["", "\n", " "])))
+                continue
             datum, words = make(rng)
             closing = {"<": ">", "(": ")", "[": "]"}.get(
                 words[:1], '"' if words.endswith('"') else "'" if words.endswith("'") else ""

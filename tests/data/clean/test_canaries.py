@@ -12,8 +12,10 @@ from llmos_jax.data.clean import pii_audit
 from llmos_jax.data.clean.dataset import collect_garbage, open_dataset
 from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
 from llmos_jax.errors import ConfigError
+from llmos_jax.evaluate.dataset_report import write_dataset_report
 from tests.data.clean import pii_corpus
 
+URL_HOST = "77.12.9.200"
 FILLER = "The quick brown fox jumps over the lazy dog and runs home again. " * 10
 
 
@@ -45,26 +47,32 @@ def planted(tmp_path_factory):
     with file.open("w") as stream:
         for number, (_, _, text) in enumerate(items):
             for body in (text, f"{FILLER}\n{text}\n{FILLER}"):
-                stream.write(json.dumps({"text": body, "number": number, "author": f"By X. {text}"}) + "\n")
-    return file, [datum for _, datum, _ in items]
+                metadata = {"number": number, "author": f"By X. {text}", "url": f"http://{URL_HOST}/{number}"}
+                stream.write(json.dumps({"text": body} | metadata) + "\n")
+    return file, [*(datum for _, datum, _ in items), URL_HOST]
 
 
 @pytest.mark.parametrize("is_first", [True, False])
 def test_no_planted_datum_survives(planted, tmp_path, is_first):
     file, data = planted
-    filters = [{"step": "length", "at_least": 1000}]
+    filters = [{"step": "url"}, {"step": "length", "at_least": 1000}]
     steps = [{"step": "pii"}, *filters] if is_first else [*filters, {"step": "pii"}]
     config = parse(PrepareConfig, {"sources": [{"path": str(file)}], "steps": steps, "workers": 1, "shard_bytes": 20_000})
     prepare_dataset(config, tmp_path, log=lambda line: None)
     version = open_dataset(tmp_path)
     kept, removed = list(version.iterate()), list(version.iterate("removed"))
-    assert len(kept) == len(data) and len(removed) == len(data)
+    assert len(kept) == len(removed) == len(data) - 1
+    assert {row["url/host"] for row in kept} == {"[IP]"}
     assert not survivors(version.directory, data)
+    write_dataset_report(tmp_path / "report.html", version)
+    page = (tmp_path / "report.html").read_text()
     counts = sum(sum(value for name, value in row.items() if name.startswith("pii/")) for row in kept)
-    assert counts >= len(data) and len(list(version.iterate("cut"))) >= len(kept)
+    assert counts >= len(data) - 1 and len(list(version.iterate("cut"))) >= len(kept)
     report = pii_audit.audit(version)
-    assert report["documents"] == (2 * len(data) if is_first else len(data))
-    assert sum(entry["count"] for entry in report["kinds"].values()) >= len(data)
+    assert report["documents"] == (len(data) - 1) * (1 + is_first)
+    for kind, entry in report["kinds"].items():  # the page counts what later steps removed, too
+        assert f"<td class='left'>{kind}</td><td class='right'>{entry['count']:,}</td>" in page
+    assert sum(entry["count"] for entry in report["kinds"].values()) >= len(data) - 1
     assert not any(datum in pii_audit.format_audit(report) for datum in data)
     # The raw shards are work, not result; they go with the rest of the cache.
     collect_garbage(tmp_path, keep=1)

@@ -13,6 +13,7 @@ from llmos_jax.errors import ConfigError
 from tests.data.clean import pii_corpus
 
 LEAST_RECALL, LEAST_PRECISION = 0.98, 0.95
+_KEY, _LINES = "-----BEGIN RSA PRIVATE KEY-----", "\nProc-Type: 4,ENCRYPTED\n\n" + "\n".join(["MIIEpAIBq8Zt" * 5] * 4)
 
 
 def find(text, **settings):
@@ -24,8 +25,10 @@ def clean(text, **settings):
     return cleaned
 
 
-def test_recall_and_precision_by_class():
-    items, others = pii_corpus.personal(seed=11, count=320), pii_corpus.lookalikes(seed=12, count=60)
+@pytest.mark.parametrize("seed", [11, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(901, 907))])
+def test_recall_and_precision_by_class(seed):
+    """Prints the table (`-s`); the slow ones are seeds that nothing was mended by."""
+    items, others = pii_corpus.personal(seed=seed, count=320), pii_corpus.lookalikes(seed=seed + 1, count=60)
     assert len(items) >= 2000 and len(others) >= 2000
     scan, found, wrong, missed = scanner(Pii()), collections.Counter(), collections.Counter(), collections.defaultdict(list)
     for name, datum, text in items:
@@ -37,9 +40,12 @@ def test_recall_and_precision_by_class():
         if not is_found:
             missed[name].append(text)
     wrong.update(f.name for _, text in others for f in scan.find(text))
+    recalls = {name: found[name] / 320 for name in pii_corpus.MAKERS}
+    precisions = {name: found[name] / (found[name] + wrong[name]) for name in pii_corpus.MAKERS}
+    print(seed, {name: (round(recalls[name], 3), round(precisions[name], 3)) for name in recalls})
     for name in pii_corpus.MAKERS:
-        assert found[name] / 320 >= LEAST_RECALL, (name, missed[name][:10])
-        assert found[name] / (found[name] + wrong[name]) >= LEAST_PRECISION, name
+        assert recalls[name] >= LEAST_RECALL, (name, missed[name][:10])
+        assert precisions[name] >= LEAST_PRECISION, name
 
 
 @pytest.mark.parametrize("name", list(pii_corpus._NATIONAL))
@@ -52,7 +58,7 @@ def test_every_national_id(name):
     found = [n for n in numbers for w in words[:1] if (n, "national_id") in find(f"He wrote: {w}{n}, and left.")]
     assert len(found) >= 18, sorted(set(numbers) - set(found))
     # One digit changed: what has a check digit is no longer one (nine of ten times and more); a form alone can't tell.
-    if name not in ("us_ssn", "us_ssn_bare", "us_itin", "gb_nino"):
+    if name not in ("us_ssn", "us_ssn_bare", "us_ssn_dashes", "us_itin", "gb_nino"):
         last = [place for place, c in enumerate(numbers[0]) if c.isdigit()][-1]
         changed = [n[:last] + str((int(n[last]) + 1) % 10) + n[last + 1 :] for n in numbers if n[last : last + 1].isdigit()]
         still = [n for n in changed for w in words[:1] if (n, "national_id") in find(f"He wrote: {w}{n}, and left.")]
@@ -70,6 +76,28 @@ def test_every_national_id(name):
         ("Authorization: Bearer 9f8a7B6c5D4e3F2a1b0C9d8E", "9f8a7B6c5D4e3F2a1b0C9d8E", "secret"),
         ("bei max.müller@bücher-straße.de fragen", "max.müller@bücher-straße.de", "email"),
         ('"john smith"@example.org', "@example.org", None),
+        ("mail bob at site dot org", "bob at site dot org", "email"),
+        ("look at the red dot on the map", "the red dot on", None),
+        ("ring 8 (495) 123-45-67", "8 (495) 123-45-67", "phone"),
+        ("tel 13800138000", "13800138000", "phone"),
+        ("Tel.: 030 / 90 18 20", "030 / 90 18 20", "phone"),
+        (
+            "(\u0664\u0661\u0665) \u0665\u0665\u0665-\u0662\u0666\u0667\u0661",
+            "(\u0664\u0661\u0665) \u0665\u0665\u0665-\u0662\u0666\u0667\u0661",
+            "phone",
+        ),
+        ("sha 4111111111111111aaaa", "4111111111111111", None),
+        ("8.8.4.4:53", "8.8.4.4", "ip"),
+        ("https://user:p@ssw0rd@host/x", "p@ssw0rd", "secret"),
+        ("Authorization: Basic dXNlcjpwYXNzd29yZDEyMw==", "dXNlcjpwYXNzd29yZDEyMw==", "secret"),
+        ("mysql -uroot -pS3cr3tP4ss", "S3cr3tP4ss", "secret"),
+        ("password: hunter2", "hunter2", "secret"),
+        ('password = "correcthorsebattery"', "correcthorsebattery", "secret"),
+        ("log in (password Rachel1994) and", "Rachel1994", "secret"),
+        ("(password SHA256)", "SHA256", None),
+        (f"cut off: {_KEY}{_LINES}\nnext", f"{_KEY}{_LINES}", "secret"),
+        (f"as '{_KEY}\\n{_LINES[-60:]}' in JSON", f"{_KEY}\\n{_LINES[-60:]}", "secret"),
+        (f'files with "{_KEY}", must be converted first, as all of us know by now', _KEY, None),
     ],
 )
 def test_single_forms(text, datum, name):
@@ -107,6 +135,27 @@ def test_pseudonyms_are_the_same_for_all_spellings_and_need_the_key(tmp_path):
     assert Pii(**one).fingerprint != Pii(**two).fingerprint
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("DE89 3704 0044 0532 0130 00", "de89370400440532013000"),
+        ("+1 (415) 555-2671", "(415) 555-2671"),
+        ("0041 44 668 18 00", "+41446681800"),
+        ("AB123456C", "AB 12 34 56 C"),
+        ("2001:4860:4860::8888", "2001:4860:4860:0:0:0:0:8888"),
+        ("John.Doe [at] site [dot] org", "john.doe@site.org"),
+        ("4111\u00a01111\u00a01111\u00a01111", "4111-1111-1111-1111"),
+    ],
+)
+def test_spellings_of_a_datum_have_one_pseudonym_and_one_place_in_the_allow_list(one, other, tmp_path):
+    key, listed = tmp_path / "key", tmp_path / "allowed.txt"
+    key.write_bytes(b"k" * 32)
+    listed.write_text(one)
+    names = [clean(f"see: {text}.", replacement="pseudonym", secret_file=str(key)) for text in (one, other)]
+    assert names[0] == names[1] and "-" in names[0] and not find(names[0])
+    assert find(f"see: {other}.") and not find(f"see: {other}.", allow_file=str(listed))
+
+
 def test_allow_lists(tmp_path):
     listed = tmp_path / "allowed.txt"
     listed.write_text("Press@Site.org\n\n+1 212 555 0123\n")
@@ -117,10 +166,10 @@ def test_allow_lists(tmp_path):
 def test_masks_show_a_form_only():
     assert masked("john.doe@mail.org") == "j***.***@****.***"
     assert masked("4111 1111") == "4*** ****"
-    assert masked("-----BEGIN RSA PRIVATE KEY-----\nMIIE") == "-----***** *** ******* ***----- ****"[:40]
+    assert masked("p!@#$%^&", "secret") == "********" and masked("p!#$%^&") == "p******"
     for name, datum, _ in pii_corpus.personal(seed=6, count=40):
-        shown = masked(datum)
-        assert len(shown) <= 40 and sum(c.isalnum() for c in shown) <= 1, (name, shown)
+        shown = masked(datum, name)
+        assert len(shown) <= 40 and sum(c.isalnum() for c in shown) <= (name != "secret"), (name, shown)
 
 
 @pytest.mark.parametrize(
