@@ -44,7 +44,7 @@ class Decontaminate(Filter):
         return {path: content_hash(list_files(SourceConfig(path=path))) for path in self.paths}
 
     def notes(self):
-        """Returns {"texts": evaluation texts that are looked for, "too_short": those that are not, "passed_over": by reason}."""
+        """Returns {"texts": evaluation texts that are looked for, "too_short": those not, "passed_over": by reason}."""
         return self._evaluation()[1]
 
     def _evaluation(self):
@@ -122,5 +122,9 @@ def _evaluation(paths, text_key, n, min_words, content):
     if not found:
         raise DataError(f"decontaminate: none of the {len(texts)} texts of {', '.join(paths)} has {min_words} words.")
     is_short = counts < min_words
-    notes = {"texts": int((~is_short).sum()), "too_short": int(is_short.sum()), "passed_over": dict(sorted(passed_over.items()))}
+    notes = {
+        "texts": int((~is_short).sum()),
+        "too_short": int(is_short.sum()),
+        "passed_over": dict(sorted(passed_over.items())),
+    }
     return found, notes

@@ -229,9 +229,7 @@ def test_evaluation_texts_are_all_looked_for_or_counted(tmp_path):
     (sets / "b.txt").write_text(sentence)
     chosen = settings([folder], steps=[{"step": "decontaminate", "paths": [str(sets)]}])
     version = prepare_dataset(chosen, tmp_path / "out", log=quiet)
-    assert version.manifest["notes"] == {
-        "decontaminate": {"texts": 3, "too_short": 1, "passed_over": {"blank texts": 1}}
-    }
+    assert version.manifest["notes"] == {"decontaminate": {"texts": 3, "too_short": 1, "passed_over": {"blank texts": 1}}}
     (sets / "a.jsonl").write_text((sets / "a.jsonl").read_text().replace('{"text": "too', '{"text" "too'))
     with pytest.raises(DataError, match="a.jsonl is damaged near line 2"):
         prepare_dataset(chosen, tmp_path / "out", log=quiet)
