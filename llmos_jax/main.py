@@ -19,7 +19,7 @@ _USAGE = """usage: llmos [VERB] [flags]
               (the verb when none is given; going on where the run directory stands)
   plan        --config=... --topology=v5p-1024 [--json=FILE]: what a step takes of a machine that need not be here
   prepare     --config=experiments/prepare.py:data=PATH --workdir=DIR: raw text to a clean dataset (going on where it stands)
-  dataset     ls | verify | compare | gc | lookup | audit  --workdir=DIR [--version=N --keep=N]
+  dataset     ls | verify | compare | gc | lookup | audit  --workdir=DIR [--version=N --keep=N --drop_cache]
               (lookup: --key=KEY, --text=TEXT, or --records=FOLDER --record=N for a training record)
   generate    --workdir=DIR --prompt=TEXT (repeatable) or --prompt_file=FILE (one prompt a line)
               [--max_tokens=N --temperature=T --top_k=K --top_p=P --seed=S --n=N --stop=TEXT --step=STEP]
@@ -119,7 +119,7 @@ def _dataset(words, values, overrides, launched):
         print("\n".join(dataset.compare(older[-1], version)) or "no difference")
     elif action == "gc":
         with RunDirectoryLease(directory):  # never under the feet of a preparation
-            removed = dataset.collect_garbage(directory, keep=values.keep)
+            removed = dataset.collect_garbage(directory, keep=values.keep, drop_cache=values.drop_cache)
         print(f"removed {len(removed)} files and folders" if removed else "nothing to remove")
     elif action == "lookup":
         print("\n\n".join(map(dataset.format_place, _looked_up(version, values))) or "not found")
@@ -277,6 +277,7 @@ def _parse(argv):
     flags.DEFINE_multi_string("stop", [], "text that ends a continuation (repeatable)", **text)
     flags.DEFINE_integer("step", None, "checkpoint to load; none: the newest", **text)
     flags.DEFINE_integer("keep", 1, "newest checkpoints or versions that gc keeps", lower_bound=1, **text)
+    flags.DEFINE_bool("drop_cache", False, "whether gc removes what kept versions were made from, with all raw text", **text)
     flags.DEFINE_integer("version", None, "version of a dataset; none: the newest", **text)
     flags.DEFINE_string("key", None, "key of a document to look up", **text)
     flags.DEFINE_multi_string("text", [], "file of text to evaluate on (repeatable); piece of text to look up", **text)

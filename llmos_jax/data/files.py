@@ -65,6 +65,17 @@ class SourceFile:
             return io.BufferedReader(_zstd(raw, self.path), _BUFFER)
         return raw
 
+    def is_unchanged(self):
+        """Whether the file still is what it was when it was listed, as far as its size and its stamp tell."""
+        if self.path.startswith((TFDS, DATASET)):
+            return True
+        path = pathlib.Path(self.path)
+        try:
+            (now,) = _list_remote(self.path) if is_remote(self.path) else list_local([path], path.parent)
+        except (OSError, ConfigError):
+            return False
+        return (now.size_bytes, now.stamp) == (self.size_bytes, self.stamp)
+
     def content_hash(self):
         """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read.
 
@@ -190,7 +201,9 @@ def list_local(files, root):
         status = file.stat() if file.exists() else file.lstat()  # of a link to nothing: reading names it
         # Names that are not UTF-8 are spelled with escapes: keys go into files.
         key = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
-        listed.append(SourceFile(str(file), key, status.st_size, f"{status.st_mtime_ns}-{status.st_mode:o}"))
+        # The time of the last change of the inode tells of new content under an old time of modification.
+        stamp = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_mode:o}"
+        listed.append(SourceFile(str(file), key, status.st_size, stamp))
     return listed
 
 

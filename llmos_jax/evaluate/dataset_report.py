@@ -19,7 +19,7 @@ _MOST_CHARTS = 40
 _MOST_CLUSTERS = 12
 _BINS = 24
 _MOST_LINEAR = 1000  # counts that reach further are shown on a logarithmic scale
-_NO_QUANTITY = ("group", "duplicate_of")
+_NO_QUANTITY = ("group", "distance")
 _LEGEND = (
     "Green: documents that were kept; orange: removed (of an attribute: by its own step). A bar begins at its label; values "
     "above the 99th percentile stand in the last one."

@@ -1,7 +1,7 @@
 """A clean dataset on disk: versions, each a folder of parquet files with a manifest that says what is in it and why.
 
     DIR/versions/0001/dataset.json     settings, funnel, files with their hashes, sources and licences
-                      documents-*.parquet   key, source, text, metadata, and an attribute a column
+                      documents-*.parquet   key, source, file, text, metadata, and an attribute a column
                       removed-*.parquet     the same for removed documents, with step and reason
                       cut-*.parquet         what transforms cut out of texts
                       inputs.parquet        every file that was read, with its hash
@@ -21,15 +21,17 @@ import shutil
 import numpy as np
 
 from llmos_jax.config import differences, fingerprint, library_versions, to_plain
-from llmos_jax.data.clean.objects import Objects
+from llmos_jax.data.clean.objects import Objects, file_facts
 from llmos_jax.data.clean.output import INDEXES, KINDS, rows_of_key
-from llmos_jax.data.files import missing_extra
+from llmos_jax.data.files import DATASET, missing_extra
 from llmos_jax.errors import ConfigError, DataError
 
 VERSIONS = "versions"
 MANIFEST_FILE = "dataset.json"
 KIND = "clean dataset"
-FORMAT = 2
+FORMAT = 3
+# What the versions need of the cache, a list of names for each.
+_NEEDS = "needs"
 # Settings that change no byte of the result.
 _WORKINGS = ("workers", "runner", "beam_options")
 
@@ -75,11 +77,19 @@ def read_verified(path, sha256, columns=None):
         raise DataError(f"{path} can't be read ({error.strerror}): prepare the dataset again.") from None
     if hashlib.sha256(content).hexdigest() != sha256:
         raise DataError(f"{path} is not what its manifest says: it was cut, changed or damaged; prepare the dataset again.")
-    return pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=columns)
+    try:
+        return pyarrow.parquet.read_table(pyarrow.BufferReader(content), columns=columns)
+    except (pyarrow.ArrowException, OSError) as error:  # what was written was damaged already
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path} is damaged, though its manifest knows it ({reason}): prepare the dataset anew.") from None
 
 
-def write_version(directory, config, inputs, funnel, outputs):
-    """Makes a version of what came out of all shards, or returns the newest one when it is the same."""
+def write_version(directory, config, inputs, funnel, outputs, notes):
+    """Makes a version of what came out of all shards, or returns the newest one when it is the same, and mends that.
+
+    inputs, funnel, outputs: of `pipeline`, outputs with the hashes that were taken when they were written. notes: {step: what
+    it says of its inputs}.
+    """
     objects = Objects(directory / "cache")
     files = {kind: [] for kind in (*KINDS, *INDEXES.values())}
     for output in outputs:
@@ -88,13 +98,13 @@ def write_version(directory, config, inputs, funnel, outputs):
                 entry = {k: v for k, v in output[kind].items() if k != "name"}
                 ending = "parquet" if kind in KINDS else "npy"
                 entry |= {"name": f"{kind}-{len(files[kind]):05d}.{ending}", "source": output["source"]}
-                files[kind].append((output[kind]["name"], entry | _file_facts(objects.path(output[kind]["name"]))))
+                files[kind].append((output[kind]["name"], entry | output["objects"][output[kind]["name"]]))
     settings = {key: value for key, value in to_plain(config).items() if key not in _WORKINGS}
     rows = list(zip(*inputs["files"], strict=True))
     names = ("source", "key", "path", "bytes", "sha256")
     inputs_name = f"inputs/{fingerprint(inputs['files'])}.parquet"
     objects.write_table(inputs_name, {name: list(map(str, row)) for name, row in zip(names, rows, strict=True)})
-    files["inputs"] = [(inputs_name, {"name": "inputs.parquet"} | _file_facts(objects.path(inputs_name)))]
+    files["inputs"] = [(inputs_name, {"name": "inputs.parquet"} | objects.facts(inputs_name))]
     manifest = {
         "kind": KIND,
         "format": FORMAT,
@@ -104,6 +114,7 @@ def write_version(directory, config, inputs, funnel, outputs):
         "libraries": library_versions(sorted({name for step in config.steps for name in step.libraries} | {"pyarrow"})),
         "sources": _sources(config, inputs),
         "funnel": funnel,
+        "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
         "passed_over": inputs["passed_over"],
@@ -111,6 +122,7 @@ def write_version(directory, config, inputs, funnel, outputs):
     }
     known = list_versions(directory)
     if known and known[-1].manifest == manifest:
+        _mend(known[-1], objects, files)
         return known[-1]
     number = known[-1].number + 1 if known else 1
     return _write(directory, objects, number, manifest, files)
@@ -155,7 +167,7 @@ def verify(version):
             path = version.directory / entry["name"]
             if not path.is_file():
                 lines.append(f"{path} is missing")
-            elif _file_facts(path) != {key: entry[key] for key in ("sha256", "bytes")}:
+            elif file_facts(path) != {key: entry[key] for key in ("sha256", "bytes")}:
                 lines.append(f"{path} is not what the manifest says: it was cut, changed or damaged")
     return lines
 
@@ -177,10 +189,16 @@ def compare(old, new):
     return lines
 
 
-def collect_garbage(directory, keep):
-    """Removes all versions but the newest `keep`, and results of tasks that none of these needs; returns what went.
+def note_needs(objects, version, names):
+    """Notes what of the cache a version was made from: `collect_garbage` keeps it for the next preparation."""
+    objects.write_json(f"{_NEEDS}/{version.directory.name}.json", sorted(names))
 
-    What is removed is made again when it is needed. Nobody may be preparing the dataset meanwhile.
+
+def collect_garbage(directory, keep, *, drop_cache=False):
+    """Removes all versions but the newest `keep`, and results of tasks that none of these was made from; returns what went.
+
+    drop_cache: remove the results that the kept ones were made from, too, and with them all text as it was read; the next
+    preparation then starts over. Nobody may be preparing the dataset meanwhile.
     """
     directory, removed = pathlib.Path(directory), []
     versions = list_versions(directory)
@@ -188,15 +206,15 @@ def collect_garbage(directory, keep):
         shutil.rmtree(version.directory)
         removed.append(str(version.directory))
     linked = {(s.st_dev, s.st_ino) for v in versions[-keep:] for f in v.directory.iterdir() for s in [f.stat()]}
-    kept_bytes = 0
-    for file in sorted((directory / "cache").rglob("*")):
+    objects = Objects(directory / "cache")
+    needs = [] if drop_cache else [f"{_NEEDS}/{version.directory.name}.json" for version in versions[-keep:]]
+    needed = {*needs, *(name for file in needs if objects.has(file) for name in objects.read_json(file))}
+    for file in sorted(objects.root.rglob("*")):
         if file.is_file():
             status = file.stat()
-            if (status.st_dev, status.st_ino) in linked or file.parent.name == "hash":
-                kept_bytes += status.st_size
-                continue
-            file.unlink()
-            removed.append(str(file))
+            if (status.st_dev, status.st_ino) not in linked and file.relative_to(objects.root).as_posix() not in needed:
+                file.unlink()
+                removed.append(str(file))
     return removed
 
 
@@ -223,23 +241,29 @@ def format_place(found):
     ]
     if found["metadata"]:
         lines.append(f"  {json.dumps(found['metadata'], ensure_ascii=False, sort_keys=True)}")
+    if found["origin"]:
+        lines += [f"  {line}" for line in format_place(found["origin"]).splitlines()]
+    elif found["file"]["path"].startswith(DATASET):
+        lines.append("  that dataset is no longer there, or no longer knows the document")
     return "\n".join(lines)
 
 
 def lookup(version, *, key=None, text=None, most=10):
-    """Yields dicts that say where a document, or a piece of text, came from: key, source, file with its hash, fate.
+    """Yields dicts that say where a document, or a piece of text, came from: key, source, file with its hash, fate, origin.
 
     key: a document's key, which the version's index knows. text: any piece of text; all documents that hold it, kept or
-    removed, are found by reading them.
+    removed, and those that it was cut out of, are found by reading them. origin: for a document of another clean dataset the
+    same of it there, if that is still there, else None.
     """
-    files = _input_files(version)
+    rows = version.iterate("inputs")
+    files = {(row["source"], row["key"]): {"path": row["path"], "sha256": row["sha256"]} for row in rows}
     found = 0
-    for kind in ("documents", "removed"):
-        columns = ["key", "source", "text", "metadata"] + (["step", "reason"] if kind == "removed" else [])
+    for kind in KINDS if key is None else INDEXES:
         for file in _files_with(version, kind, key):
-            for record in _matches(version, file, columns, key, text):
+            for record in _matches(version, kind, file, key, text):
                 place = f"{version.directory / file['name']}, row {record.pop('row')}"
-                yield record | {"kept": kind == "documents", "in": place, "file": files[_file_key(record["key"], files)]}
+                origin = files[record["source"], record.pop("file")]
+                yield record | {"in": place, "file": origin, "origin": _origin(record, origin)}
                 found += 1
                 if found == most:
                     return
@@ -252,38 +276,62 @@ def _by_name(settings):
 
 
 def _files_with(version, kind, key):
-    """Returns the files of a kind that may hold a key; all of them when none is asked for, or where no index is."""
-    files, indexes = version.manifest["files"][kind], version.manifest["files"].get(INDEXES[kind])
-    if key is None or indexes is None:
+    """Returns the files of a kind that may hold a key; all of them when none is asked for."""
+    files = version.manifest["files"][kind]
+    if key is None:
         return files
     found = []
-    for file, index in zip(files, indexes, strict=True):
+    for file, index in zip(files, version.manifest["files"][INDEXES[kind]], strict=True):
         path = version.directory / index["name"]
-        if not path.is_file() or _file_facts(path)["sha256"] != index["sha256"]:
+        if not path.is_file() or file_facts(path)["sha256"] != index["sha256"]:
             raise DataError(f"{path} is not what its manifest says: it was cut, changed or damaged; prepare the dataset again.")
         if rows_of_key(path, key):
             found.append(file)
     return found
 
 
-def _matches(version, file, columns, key, text):
+def _matches(version, kind, file, key, text):
+    """Yields what one file says of a key, or of documents with a piece of text: a cut is a text of its own."""
     import pyarrow.compute as compute
 
-    table = version.read(file, columns)
+    more = {"documents": ("source", "text", "metadata"), "removed": ("source", "text", "metadata", "step", "reason")}
+    table = version.read(file, ["key", "file", *more.get(kind, ("step", "removed"))])
+    if kind == "cut":
+        table = table.rename_columns(["key", "file", "step", "text"])
     mask = compute.equal(table["key"], key) if key is not None else compute.match_substring(table["text"], text)
     rows = np.flatnonzero(mask.to_numpy(zero_copy_only=False))
+    cut = {"source": file["source"], "reason": "cut out of the text"} if kind == "cut" else {}
     for row, record in zip(rows, table.take(rows).to_pylist() if len(rows) else (), strict=True):
-        yield record | {"row": int(row), "metadata": json.loads(record["metadata"])}
+        metadata = json.loads(record.get("metadata", "{}"))
+        yield record | cut | {"row": int(row), "metadata": metadata, "kept": kind == "documents"}
 
 
-def _input_files(version):
-    rows = version.iterate("inputs")
-    return {f"{row['source']}/{row['key']}": {"path": row["path"], "sha256": row["sha256"]} for row in rows}
+def _origin(record, file):
+    """Returns the place of a document in the clean dataset that it was read from; None where there is none, or no longer."""
+    if not file["path"].startswith(DATASET):
+        return None
+    path = pathlib.Path(file["path"].removeprefix(DATASET))
+    if not (path.parent / MANIFEST_FILE).is_file():
+        return None
+    version = open_dataset(path.parent)
+    if file["sha256"] not in (entry["sha256"] for entry in version.manifest["files"]["documents"]):
+        return None
+    there = record["key"].removeprefix(f"{record['source']}/")
+    # A copy that was made while it was read has its original there, by the key before the last #.
+    keys = [there, there.rpartition("#")[0]]
+    return next((place for key in keys for place in lookup(version, key=key, most=1) if key), None)
 
 
-def _file_key(key, files):
-    """Returns the key of the file that a document's key begins with."""
-    return key if key in files else key.rpartition(":")[0]
+def _mend(version, objects, files):
+    """Puts the files of the cache, which are whole, in the place of those of a version that are not."""
+    for entries in files.values():
+        for name, entry in entries:
+            source, target = objects.path(name), version.directory / entry["name"]
+            if target.is_file():
+                if target.samefile(source) or file_facts(target) == objects.facts(name):
+                    continue
+                target.unlink()
+            _link(source, target)
 
 
 def _write(directory, objects, number, manifest, files):
@@ -326,11 +374,6 @@ def _sources(config, inputs):
     return described
 
 
-def _file_facts(path):
-    with open(path, "rb") as stream:
-        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": path.stat().st_size}
-
-
 def _is_manifest(file):
     try:
         return json.loads(file.read_text("utf-8")).get("kind") == KIND
@@ -343,8 +386,11 @@ def _read_manifest(file):
         manifest = json.loads(file.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} can't be read ({error}): remove {file.parent} and prepare the dataset again.") from None
-    if not isinstance(manifest, dict) or (manifest.get("kind"), manifest.get("format")) != (KIND, FORMAT):
-        raise DataError(f"{file} is not a manifest of a clean dataset of format {FORMAT}: prepare it again.")
+    if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
+        raise DataError(f"{file} is no manifest of a clean dataset: remove {file.parent} and prepare it again.")
+    if manifest.get("format") != FORMAT:
+        found = f"format {manifest.get('format')!r}, not {FORMAT} of this release"
+        raise DataError(f"{file} is of {found}: remove {file.parent} and prepare the dataset again.")
     return manifest
 
 

@@ -1,5 +1,6 @@
 """Removal of documents that hold text of evaluation sets: n-grams of words in common (Brown et al., 2020, appendix C)."""
 
+import collections
 import dataclasses
 import functools
 
@@ -10,7 +11,8 @@ from llmos_jax.data.clean.gopher import first_reason, ratio
 from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
 from llmos_jax.data.clean.words import words_of
-from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_documents
+from llmos_jax.data.fields import PassedOver
+from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_records
 from llmos_jax.errors import ConfigError, DataError
 
 
@@ -20,7 +22,7 @@ class Decontaminate(Filter):
     """Removes documents that share an n-gram of words, in lower case and without punctuation, with an evaluation text.
 
     A text shorter than n words is one n-gram of its own length, down to `min_words`; still shorter ones can't be told from
-    chance and are not looked for.
+    chance and are not looked for: the manifest counts them. A bad file or record among the evaluation texts is an error.
     """
 
     step: str = setting("decontaminate", help="step", choices=("decontaminate",))
@@ -41,6 +43,13 @@ class Decontaminate(Filter):
         """Returns hashes of the evaluation files."""
         return {path: content_hash(list_files(SourceConfig(path=path))) for path in self.paths}
 
+    def notes(self):
+        """Returns {"texts": evaluation texts that are looked for, "too_short": those not, "passed_over": by reason}."""
+        return self._evaluation()[1]
+
+    def _evaluation(self):
+        return _evaluation(self.paths, self.text_key, self.ngram, self.min_words, str(self.inputs()))
+
     def annotate(self, documents, findings=None):
         """Returns {"matches": places that match, int32; "share": of a document's n-grams, float64}, each [n]."""
         words = words_of(documents.texts)
@@ -48,7 +57,7 @@ class Decontaminate(Filter):
         first = np.searchsorted(real, words.first)
         folded = words.folded[real]
         matches = np.zeros(len(documents), np.int64)
-        for length, known in _evaluation(self.paths, self.text_key, self.ngram, self.min_words, str(self.inputs())).items():
+        for length, known in self._evaluation()[0].items():
             places, owners = ngram_places(first, length)
             hits = known.contains(ngram_hashes(folded, length)[places])
             matches += np.bincount(owners[hits], minlength=len(documents))
@@ -83,11 +92,21 @@ class HashSet:
 
 @functools.lru_cache(maxsize=2)
 def _evaluation(paths, text_key, n, min_words, content):
-    """Returns {length: HashSet} of the n-grams of evaluation texts; `content` tells one state of the files from another."""
-    texts = []
+    """Returns ({length: HashSet} of the n-grams of evaluation texts, what the manifest says of these).
+
+    content: tells one state of the files from another. Raises DataError at anything that can't be read: what is not looked for
+    would be trained on.
+    """
+    texts, passed_over = [], collections.Counter()
     for path in paths:
         source = SourceConfig(path=path, text_key=text_key)
-        texts += [document.text for document in read_documents(source, list_files(source))]
+        for item in (item for file in list_files(source) for item in read_records(source, file)):
+            if isinstance(item, DataError):
+                raise item
+            if isinstance(item, PassedOver):
+                passed_over[item.reason] += 1
+            else:
+                texts.append(item.text)
     words = words_of(texts)
     real = np.flatnonzero(~words.is_sign)
     first = np.searchsorted(real, words.first)
@@ -102,4 +121,10 @@ def _evaluation(paths, text_key, n, min_words, content):
             found[length] = HashSet(hashes)
     if not found:
         raise DataError(f"decontaminate: none of the {len(texts)} texts of {', '.join(paths)} has {min_words} words.")
-    return found
+    is_short = counts < min_words
+    notes = {
+        "texts": int((~is_short).sum()),
+        "too_short": int(is_short.sum()),
+        "passed_over": dict(sorted(passed_over.items())),
+    }
+    return found, notes

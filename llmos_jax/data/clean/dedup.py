@@ -16,7 +16,7 @@ from llmos_jax.data.clean.words import mixed, words_of
 from llmos_jax.errors import ConfigError
 
 _EDGE = np.dtype([("document", np.int64), ("kept", np.int64)])
-_FINDING = np.dtype([("document", np.int64), ("kept", np.int64), ("group", np.int32), ("is_kept", bool)])
+_FINDING = np.dtype([("document", np.int64), ("distance", np.int64), ("group", np.int32)])
 _SCOPES = ("all", "source")
 _BLANKS = b" \t\n\v\f\r"
 
@@ -53,9 +53,10 @@ def first_of_equal(records, fields):
 
 
 def components(edges):
-    """Returns findings (document, kept, group) of the documents of all connected components of `edges`.
+    """Returns findings (document, distance, group) of the documents of all connected components of `edges`.
 
-    kept: the smallest document of the component. group: how many documents it has.
+    distance: how many documents before it the smallest one of the component stands, which stays; a difference is the same
+    wherever new documents come before both. group: how many documents the component has.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -67,8 +68,7 @@ def components(edges):
     # Nodes rise: the first of a label is its smallest.
     _, first, number, size = np.unique(label, return_index=True, return_inverse=True, return_counts=True)
     findings = np.empty(len(nodes), _FINDING)
-    findings["document"], findings["kept"], findings["group"] = nodes, nodes[first[number]], size[number]
-    findings["is_kept"] = findings["document"] == findings["kept"]
+    findings["document"], findings["distance"], findings["group"] = nodes, nodes - nodes[first[number]], size[number]
     return findings
 
 
@@ -82,19 +82,17 @@ class _Duplicates(Global, Filter):
         return components(results) if len(results) else np.empty(0, _FINDING)
 
     def annotate(self, documents, findings=None):
-        """Returns {"duplicate_of": number of the document that stays, int64 [n], -1: this one; "group": size, int32 [n]}.
+        """Returns {"distance": how far before it the document stands that stays, int64 [n]; "group": size, int32 [n]}.
 
-        Group 0: a document without duplicates.
+        Distance 0: this one stays. Group 0: a document without duplicates.
         """
-        kept = np.full(len(documents), -1, np.int64)
-        group = np.zeros(len(documents), np.int32)
-        kept[findings["document"]], group[findings["document"]] = findings["kept"], findings["group"]
-        kept[findings["document"][findings["is_kept"]]] = -1
-        return {"duplicate_of": kept, "group": group}
+        distance, group = np.zeros(len(documents), np.int64), np.zeros(len(documents), np.int32)
+        distance[findings["document"]], group[findings["document"]] = findings["distance"], findings["group"]
+        return {"distance": distance, "group": group}
 
     def decide(self, attributes):
         """Returns why duplicates go."""
-        return np.where(attributes["duplicate_of"] >= 0, "duplicate", "")
+        return np.where(attributes["distance"] > 0, "duplicate", "")
 
 
 @register
@@ -106,7 +104,7 @@ class ExactDuplicates(_Duplicates):
     ignore_case_and_blanks: bool = setting(True, help="take texts for equal that differ only in case and blanks")
     scope: str = setting("all", help="within and across sources, or within each source", choices=_SCOPES)
 
-    version = 2
+    version = 3
 
     def emit(self, documents):
         """Returns one record for each document."""
@@ -138,7 +136,7 @@ class MinhashDuplicates(_Duplicates):
     scope: str = setting("all", help="within and across sources, or within each source", choices=_SCOPES)
 
     libraries = ("rensa",)
-    version = 2
+    version = 3
 
     def emit(self, documents):
         """Returns `bands` records for each document that has words."""

@@ -23,8 +23,7 @@ def reduce_tasks(objects, shards, states, emitted, step, fingerprint_of_step):
     ranges = max(1, -(-total // _RANGE_BYTES))
     key = fingerprint([inputs, ranges, fingerprint_of_step])
     listed = f"ranges/{key}.json"
-    if not objects.has(listed):
-        objects.write_json(listed, inputs)
+    objects.write_json(listed, inputs)
     arguments = {"key": key, "inputs": listed, "step": step, "ranges": ranges}
     return [
         Task("reduce", f"reduce/{key}-{number}.json", arguments | {"number": number}, total // ranges)

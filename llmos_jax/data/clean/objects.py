@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -18,13 +19,14 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # Results of tasks are read back soon: they are compressed fast. What is kept is compressed well, by half as much again.
 FAST, SMALL = ("lz4", None), ("zstd", 3)
 _ROW_GROUP = 8192
+_BESIDE = "beside"
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A pure function of its arguments: `kind` names it, `result` the object that its JSON result is written to.
 
-    The result names under "objects" what else was written; `size_bytes` weighs it in the progress.
+    The result names under "objects" what else was written, with hashes; `size_bytes` weighs it in the progress.
     """
 
     kind: str
@@ -33,11 +35,18 @@ class Task:
     size_bytes: int = 0
 
 
+def file_facts(path):
+    """Returns {"sha256", "bytes"} of a file, all of which is read."""
+    with open(path, "rb") as stream:
+        return {"sha256": hashlib.file_digest(stream, "sha256").hexdigest(), "bytes": os.fstat(stream.fileno()).st_size}
+
+
 class Objects:
-    """A folder of named results. A name tells all that decides the content, so what is there is never made again."""
+    """A folder of named results. A name tells all that decides the content, so what is there and whole is never made again."""
 
     def __init__(self, root):
         self.root = pathlib.Path(root)
+        self._facts = {}
 
     def path(self, name):
         """Returns where an object lies, or would."""
@@ -47,25 +56,52 @@ class Objects:
         """Whether an object is there."""
         return self.path(name).is_file()
 
+    def facts(self, name):
+        """Returns {"sha256", "bytes"} of an object: noted when this instance wrote it, else read from the disk, once."""
+        if name not in self._facts:
+            with self._reading(name) as path:
+                self._facts[name] = file_facts(path)
+        return self._facts[name]
+
+    def is_whole(self, name, facts):
+        """Whether an object is there and is what `facts` says of it."""
+        if self.has(name) and self.facts(name) == facts:
+            return True
+        self._facts.pop(name, None)  # whoever makes it again may be another process
+        return False
+
     def write_json(self, name, tree):
-        """Writes a JSON-able tree."""
+        """Writes a JSON-able tree with a checksum."""
+        content = json.dumps(tree, sort_keys=True)
         with self._writing(name) as temporary:
-            temporary.write_text(json.dumps(tree, sort_keys=True) + "\n", "utf-8")
+            temporary.write_text(f"{_digest(content)}\n{content}\n", "utf-8")
 
     def read_json(self, name):
-        """Returns the tree of `write_json`."""
+        """Returns the tree of `write_json`; damage is found."""
         with self._reading(name) as path:
-            return json.loads(path.read_text("utf-8"))
+            digest, _, content = path.read_text("utf-8").partition("\n")
+            if digest != _digest(content.removesuffix("\n")):
+                raise ValueError("its checksum is another")
+            return json.loads(content)
 
-    def write_arrays(self, name, arrays):
-        """Writes {name: array}, each of them with a checksum."""
+    def write_arrays(self, name, arrays, beside=None):
+        """Writes {name: array}, each of them with a checksum, and the hash of the object `beside` that belongs to it."""
+        own = {} if beside is None else {_BESIDE: np.array(self.facts(beside)["sha256"])}
         with self._writing(name) as temporary, open(temporary, "wb") as stream:
-            np.savez(stream, **arrays)
+            np.savez(stream, **arrays, **own)
 
     def read_arrays(self, name):
         """Returns the arrays of `write_arrays`; damage is found."""
-        with self._reading(name) as path, np.load(path) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+        return {key: array for key, array in self._load(name).items() if key != _BESIDE}
+
+    def held_arrays(self, name, beside=None):
+        """Returns the arrays of an object to go on from; None where it, or the one beside it, is not there or not whole."""
+        try:
+            arrays = self._load(name)
+            is_whole = beside is None or str(arrays.pop(_BESIDE, "")) == self.facts(beside)["sha256"]
+        except DataError:
+            return None
+        return arrays if is_whole else None
 
     def write_records(self, name, records):
         """Writes a structured array that `map_records` reads in parts."""
@@ -98,10 +134,11 @@ class Objects:
             table = parquet.read_table(path, columns=columns, page_checksum_verification=True, use_threads=False)
             return {key: table.column(key).to_pylist() for key in table.column_names}
 
-    def write_documents(self, name, documents):
-        """Writes Documents without their attributes, and the size of each text."""
+    def write_documents(self, name, documents, files):
+        """Writes Documents without their attributes, and the size of each text. files: key of the file of each."""
         columns = {
             "key": documents.keys,
+            "file": files,
             "text": documents.texts,
             "metadata": [json.dumps(item, sort_keys=True, ensure_ascii=False) if item else "{}" for item in documents.metadata],
             "utf8_bytes": documents.utf8_bytes,
@@ -118,6 +155,10 @@ class Objects:
         for file in self.root.rglob(f"{_TEMPORARY}*"):
             file.unlink(missing_ok=True)
 
+    def _load(self, name):
+        with self._reading(name) as path, np.load(path) as arrays:
+            return {key: arrays[key] for key in arrays.files}
+
     @contextlib.contextmanager
     def _writing(self, name):
         path = self.path(name)
@@ -125,6 +166,7 @@ class Objects:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
+            self._facts[name] = file_facts(temporary)
             temporary.replace(path)
         except OSError as error:
             reason = "No space left on device" if error.errno in _NO_ROOM else error.strerror or str(error)
@@ -143,6 +185,10 @@ class Objects:
         except Exception as error:  # zipfile, numpy, json and pyarrow raise many kinds, and few name the file
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise DataError(f"{path} is damaged ({reason}): delete it, and prepare the dataset again.") from error
+
+
+def _digest(text):
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _pyarrow(root):

@@ -14,7 +14,7 @@ _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
 # Beside a file of documents: where each key stands, so that one is found without reading all files.
 INDEXES = {"documents": "index", "removed": "removed-index"}
-VERSION = 3
+VERSION = 4
 _PLACE = np.dtype([("hash", np.uint64), ("row", np.uint32)])
 
 
@@ -24,13 +24,13 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
     attributes: [[step, name of its arrays]]. guards: settings of the steps that `protect` all that is written.
     Returns {kind: {"name", "documents", "utf8_bytes"} or None where there are none}; indexes are kinds, too.
     """
-    documents = objects.read_documents(shard)
+    documents, files = objects.read_documents(shard), objects.read_table(shard, ["file"])["file"]
     reasons = objects.read_arrays(state)["reasons"] if state else np.full(len(documents), "")
     order = {step: number for number, (step, _) in enumerate(attributes)}
     split = [reason.partition(": ") for reason in reasons.tolist()]
     # The number of the step that removed each document: what later steps once found about it is not shown.
     ended = np.array([order[step] if step else len(order) for step, _, _ in split], np.int64)
-    cuts = _apply_layers(objects, documents, layers, attributes, ended)
+    cuts = _apply_layers(objects, documents, files, layers, attributes, ended)
     found = {step: objects.read_arrays(name) for step, name in attributes}
     for guard in parse_steps(guards):
         _protect(guard.protect, documents, ended < len(order), cuts, found)
@@ -53,7 +53,7 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
 
     if is_here.any():
         kept = documents.select(is_here)
-        columns = _columns(kept, source)
+        columns = _columns(kept, source, files, is_here)
         for step, arrays in found.items():
             for name, values in arrays.items():
                 if name not in _INTERNAL:
@@ -61,7 +61,7 @@ def write_shard(objects, key, shard, source, layers, state, attributes, guards):
         write("documents", columns, kept.utf8_bytes)
     if not is_here.all():
         gone = documents.select(~is_here)
-        columns = _columns(gone, source)
+        columns = _columns(gone, source, files, ~is_here)
         columns["step"] = [step for step, _, _ in split if step]
         columns["reason"] = [reason for step, _, reason in split if step]
         places = np.flatnonzero(~is_here)
@@ -106,9 +106,15 @@ def _protected(item, protect):
     return protect(item) if isinstance(item, str) else item
 
 
-def _columns(documents, source):
+def _columns(documents, source, files, chosen):
     metadata = [json.dumps(item, sort_keys=True, ensure_ascii=False) for item in documents.metadata]
-    return {"key": documents.keys, "source": [source] * len(documents), "text": documents.texts, "metadata": metadata}
+    return {
+        "key": documents.keys,
+        "source": [source] * len(documents),
+        "file": [files[place] for place in np.flatnonzero(chosen)],
+        "text": documents.texts,
+        "metadata": metadata,
+    }
 
 
 def _one(arrays, place):
@@ -116,7 +122,7 @@ def _one(arrays, place):
     return json.dumps(values, sort_keys=True, ensure_ascii=False)
 
 
-def _apply_layers(objects, documents, layers, attributes, ended):
+def _apply_layers(objects, documents, files, layers, attributes, ended):
     """Changes texts as the layers say, each up to the step that removed its document; returns the columns of what was cut."""
     names = [name.removesuffix(".npz") for _, name in attributes]
     rows = []
@@ -125,10 +131,10 @@ def _apply_layers(objects, documents, layers, attributes, ended):
         columns = objects.read_table(f"{layer}.parquet")
         for place, text, cut in sorted(zip(columns["place"], columns["text"], columns["removed"], strict=True), key=_place):
             if cut is not None and ended[place] >= number:
-                rows.append((documents.keys[place], attributes[number][0], cut))
+                rows.append((documents.keys[place], files[place], attributes[number][0], cut))
             if text is not None and ended[place] > number:
                 documents.texts[place] = text
-    return {name: [row[number] for row in rows] for number, name in enumerate(("key", "step", "removed"))}
+    return {name: [row[number] for row in rows] for number, name in enumerate(("key", "file", "step", "removed"))}
 
 
 def _place(row):

@@ -14,9 +14,9 @@ import time
 
 from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting, to_plain
-from llmos_jax.data.clean import exchange, output
+from llmos_jax.data.clean import exchange, output, stage
 from llmos_jax.data.clean.augment import AugmentConfig
-from llmos_jax.data.clean.dataset import write_version
+from llmos_jax.data.clean.dataset import note_needs, write_version
 from llmos_jax.data.clean.objects import Objects, Task
 from llmos_jax.data.clean.reading import (
     check_bad,
@@ -71,14 +71,18 @@ def prepare_dataset(config, directory, *, log=print):
     start = time.perf_counter()
     objects = Objects(directory / CACHE)
     objects.remove_leftovers()
-    with make_runner(config, objects.root) as runner:
+    notes = {step.name: step.notes() for step in config.steps}
+    with make_runner(config, objects.root) as pool:
+        runner = _Noting(pool)
         shards, names, inputs = _read(config, objects, runner, log)
         plan = _Plan(config, objects, runner, shards, names, log)
         stages = _stages(config.steps)
         for steps, following in zip(stages, _emitted_by(stages), strict=True):
             plan.run(steps, following)
         outputs = plan.write(config.steps)
-    version = write_version(directory, config, inputs, plan.funnel, outputs)
+    notes = {name: note for name, note in notes.items() if note}
+    version = write_version(directory, config, inputs, plan.funnel, outputs, notes)
+    note_needs(objects, version, runner.used)
     log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
     return version
 
@@ -90,6 +94,20 @@ def make_runner(config, root):
 
         return BeamRunner(root, config.beam_options, config.workers or host.cores())
     return ProcessRunner(root, config.workers or host.cores())
+
+
+class _Noting:
+    """A runner that notes all results of tasks and their objects."""
+
+    def __init__(self, runner):
+        self._runner, self.used = runner, set()
+
+    def run(self, tasks, label):
+        """Returns the results of `tasks` in their order."""
+        results = self._runner.run(tasks, label)
+        for task, result in zip(tasks, results, strict=True):
+            self.used.update([task.result, *result["objects"]])
+        return results
 
 
 def _read(config, objects, runner, log):
@@ -157,6 +175,7 @@ class _Plan:
         trees = to_plain(steps)
         is_global = bool(steps) and steps[0].is_global
         findings = self._exchange(steps[0], trees[0]) if is_global else [None] * len(self.shards)
+        digests = [found and stage.digest_of_findings(self.objects, *found) for found in findings]
         tasks = []
         for number, shard in enumerate(self.shards):
             arguments = {
@@ -167,7 +186,9 @@ class _Plan:
                 "findings": findings[number],
                 "following": to_plain(following),
             }
-            key = fingerprint([arguments, [step.fingerprint for step in (*steps, *following)]])
+            # Findings count by what they say of the shard, not by what all shards together gave.
+            inputs = arguments | {"findings": digests[number]}
+            key = fingerprint([inputs, [step.fingerprint for step in (*steps, *following)]])
             tasks.append(Task("stage", f"stages/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
         results = self.runner.run(tasks, ", ".join(step.name for step in steps) or "looking")
         for number, step in enumerate(following):

@@ -1,7 +1,10 @@
 """From the files of sources to shards of documents: which files go together, and what is bad in them."""
 
+import contextlib
 import dataclasses
+import errno
 import hashlib
+import os
 
 import numpy as np
 
@@ -19,6 +22,11 @@ from llmos_jax.errors import DataError
 _VERSION = 2
 # Messages that are kept of bad records; all are counted.
 _KEPT_MESSAGES = 1000
+_UNREADABLE = "unreadable"
+# Errors of the system that say something of the file; after any other one the next run looks again.
+_LASTING = (
+    None, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.EINVAL,
+)  # fmt: skip
 # Reasons of what is passed over that are told apart: names in them are those of the files.
 _MOST_REASONS, _OTHER = 100, "other reasons"
 
@@ -28,8 +36,8 @@ def source_names(sources):
     names = []
     for source in sources:
         name = source.path.rstrip("/").rpartition("/")[2] or "root"
-        same = sum(other.split("#")[0] == name for other in names)
-        names.append(f"{name}#{same + 1}" if same else name)
+        numbered = (f"{name}#{number}" for number in range(2, len(names) + 3))
+        names.append(name if name not in names else next(other for other in numbered if other not in names))
     return names
 
 
@@ -41,9 +49,11 @@ def hash_task(files):
 
 
 def hash_files(objects, files):
-    """Returns {"hashes": SHA-256 of the bytes of each file}."""
+    """Returns {"hashes": SHA-256 of the bytes of each file}; `is_passing` where one changed meanwhile, or can't be read."""
     files = [SourceFile(**file) for file in files]
-    return {"hashes": [file.content_hash() for file in files]}
+    hashes = [file.content_hash() for file in files]
+    is_known = all(file.is_unchanged() and not one.startswith(_UNREADABLE) for file, one in zip(files, hashes, strict=True))
+    return {"hashes": hashes, "is_passing": not is_known}
 
 
 def group_files(files, size_bytes):
@@ -75,6 +85,7 @@ def read_task(source, name, files, hashes, config):
         "source": to_plain(source),
         "name": name,
         "files": [to_plain(file) for file in files],
+        "hashes": hashes,
         "shard_bytes": config.shard_bytes,
         "limit": config.max_document_bytes,
         "most_bad": None if config.on_corrupt == "error" else config.max_corrupt,
@@ -83,42 +94,75 @@ def read_task(source, name, files, hashes, config):
     return Task("read", f"read/{key}.json", arguments, sum(file.size_bytes for file in files))
 
 
-def read_files(objects, key, source, name, files, shard_bytes, limit, most_bad, augment):
+def read_files(objects, key, source, name, files, hashes, shard_bytes, limit, most_bad, augment):
     """Reads a group of files; returns {"shards": [{name, documents, utf8_bytes}], "bad": messages, "bad_count": n, ...}.
 
-    most_bad: how many files or records may be bad, none: the first stops the run, a DataError. "passed_over" counts what is
-    whole but no document, by reason. augment: settings of copies of documents, or None.
+    hashes: what the content of each file must be. most_bad: how many files or records may be bad, none: the first stops the
+    run, a DataError. "passed_over" counts what is whole but no document, by reason. augment: settings of copies of documents,
+    or None. Raises DataError, too, when a file is no longer what was hashed.
     """
     source = parse(SourceConfig, source)
     augment = parse(AugmentConfig, augment or {"copies": 0})
     texts_each = 1 + augment.copies + (augment.translate is not None)
-    shards, bad, documents, size = [], _Bad(most_bad), Documents([], [], []), 0
-
-    def write(documents):
-        documents = with_copies(documents, augment) if augment.is_active else documents
-        shard = f"shards/{key}-{len(shards)}.parquet"
-        objects.write_documents(shard, documents)
-        shards.append({"name": shard, "documents": len(documents), "utf8_bytes": int(np.sum(documents.utf8_bytes))})
-
-    for file in files:
-        for item in _read_one(source, SourceFile(**file), limit, bad):
+    shards, bad, documents, origins, size = [], _Bad(most_bad), Documents([], [], []), [], 0
+    for file, content in zip([SourceFile(**file) for file in files], hashes, strict=True):
+        for item in _read_one(source, file, limit, bad):
             documents.keys.append(f"{name}/{item.key}")
             documents.texts.append(item.text)
             documents.metadata.append(item.metadata)
+            origins.append(file.key)
             size += len(item.text) * texts_each
             if size >= shard_bytes:
-                write(documents)
-                documents, size = Documents([], [], []), 0
+                _check_unchanged(file, content)
+                shards.append(_write_shard(objects, key, len(shards), documents, origins, augment, bad.is_passing))
+                documents, origins, size = Documents([], [], []), [], 0
+        _check_unchanged(file, content)
     if len(documents):
-        write(documents)
+        shards.append(_write_shard(objects, key, len(shards), documents, origins, augment, bad.is_passing))
     names = [shard["name"] for shard in shards]
     return {
         "shards": shards,
         "bad": bad.messages,
         "bad_count": bad.count,
         "passed_over": bad.passed_over,
+        "is_passing": bad.is_passing,
         "objects": names,
     }
+
+
+def _write_shard(objects, key, number, documents, origins, augment, is_passing):
+    """Writes a shard with its copies and returns {name, documents, utf8_bytes}; one that a killed run has written stays.
+
+    origins: key of the file of each document. is_passing: the shard may be another one in the next run, so its name is new.
+    """
+    name = f"{key}-{number}-{os.urandom(8).hex()}" if is_passing else f"{key}-{number}"
+    noted = f"progress/{name}.json"
+    if objects.has(noted):
+        with contextlib.suppress(DataError):  # a damaged note: written again
+            note = objects.read_json(noted)
+            if objects.is_whole(note["shard"]["name"], note["facts"]):
+                return note["shard"]
+    if augment.is_active:
+        of_key = dict(zip(documents.keys, origins, strict=True))
+        documents = with_copies(documents, augment)
+        origins = [
+            of_key[one] if one in of_key else of_key[metadata["original"]]
+            for one, metadata in zip(documents.keys, documents.metadata, strict=True)
+        ]
+    shard = {
+        "name": f"shards/{name}.parquet",
+        "documents": len(documents),
+        "utf8_bytes": int(np.sum(documents.utf8_bytes)),
+    }
+    objects.write_documents(shard["name"], documents, origins)
+    objects.write_json(noted, {"shard": shard, "facts": objects.facts(shard["name"])})
+    return shard
+
+
+def _check_unchanged(file, content):
+    """Raises DataError when a file that was read is not, or may not have been, the one that was hashed before."""
+    if not file.is_unchanged() and file.content_hash() != content:
+        raise DataError(f"{file} changed while it was read: prepare again when nothing writes to it.")
 
 
 def check_bad(results, config):
@@ -155,6 +199,7 @@ class _Bad:
 
     def __init__(self, most):
         self.most, self.count, self.messages, self.passed_over = most, 0, [], {}
+        self.is_passing = False
 
     def add(self, message):
         self.count += 1
@@ -183,6 +228,7 @@ def _read_one(source, file, limit, bad):
     try:
         for item in sources_lib.read_records(source, file, limit):
             if isinstance(item, DataError):
+                bad.is_passing |= _is_passing(item)
                 bad.add(str(item))
             elif isinstance(item, PassedOver):
                 bad.pass_over(item.reason)
@@ -192,7 +238,18 @@ def _read_one(source, file, limit, bad):
     except _TooManyBad:
         raise
     except DataError as error:
+        bad.is_passing |= _is_passing(error)
         bad.add(f"{error} Its {count} documents before that are used." if count else str(error))
+
+
+def _is_passing(error):
+    """Whether an error comes from a disk or network that may give the file next time, not from what the file is."""
+    while error is not None:
+        is_word = isinstance(error, (ConnectionError, TimeoutError))
+        if is_word or (isinstance(error, OSError) and error.errno not in _LASTING):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import tqdm
 
 from llmos_jax.compute import host
 from llmos_jax.data.clean.objects import Objects
-from llmos_jax.data.clean.tasks import finished, run_task
+from llmos_jax.data.clean.tasks import all_finished, run_task
 from llmos_jax.errors import DataError
 
 
@@ -18,7 +18,7 @@ class ProcessRunner:
     """Runs tasks on this machine: one worker in this process, more in a pool of their own processes."""
 
     def __init__(self, root, workers):
-        self.root, self.workers = root, workers
+        self.root, self.workers, self._objects = root, workers, Objects(root)
         self._pool = None
 
     def __enter__(self):
@@ -34,8 +34,7 @@ class ProcessRunner:
 
     def run(self, tasks, label):
         """Returns the results of `tasks` in their order; the first error of any is raised."""
-        objects = Objects(self.root)
-        results = [finished(objects, task) for task in tasks]
+        results = all_finished(self._objects, tasks, self.workers)
         waiting = [number for number, result in enumerate(results) if result is None]
         with progress(label, sum(tasks[number].size_bytes for number in waiting)) as advance:
             for number, result in self._run([(number, tasks[number]) for number in waiting]):

@@ -91,18 +91,16 @@ def run_stage(objects, shard, layers, state, steps, findings, following, key):
     state = f"states/{key}.npz"
     objects.write_arrays(state, {"reasons": reasons.astype(str)})
     emitted = [emit(objects, step, texts, reasons) for step in parse_steps(following)]
-    names = [state, *(name for _, name in attributes), *(f"{layer}{end}" for layer in texts.layers for end in _LAYER)]
+    own = texts.layers[len(layers) :]  # those below were made, and are looked after, by earlier stages
+    names = [state, *(name for _, name in attributes), *(f"{layer}.parquet" for layer in own)]
     return {
         "layers": texts.layers,
         "state": state,
         "attributes": attributes,
         "funnel": funnel,
         "emitted": emitted,
-        "objects": names + [records["name"] for records in emitted],
+        "objects": names + [name for records in emitted for name in (records["name"], f"{records['name'][:-4]}.npz")],
     }
-
-
-_LAYER = (".parquet", ".npz")
 
 
 def emit(objects, step, texts, reasons):
@@ -111,7 +109,7 @@ def emit(objects, step, texts, reasons):
     Those that are held from other thresholds are not made again; `exchange.reduce` leaves out documents that are gone.
     """
     name = f"records/{fingerprint([texts.base, step.fingerprint])}"
-    held, places = missing(objects, f"{name}.npz", reasons)
+    held, places = missing(objects, f"{name}.npz", reasons, f"{name}.npy")
     if len(places) or held is None:
         is_chosen = np.zeros(len(reasons), bool)
         is_chosen[places] = True
@@ -122,13 +120,16 @@ def emit(objects, step, texts, reasons):
             records = np.concatenate([old[~is_chosen[old["document"]]], records])
         objects.write_records(f"{name}.npy", sort_records(records))
         covered = is_chosen if held is None else held["covered"] | is_chosen
-        objects.write_arrays(f"{name}.npz", {"covered": covered})
+        objects.write_arrays(f"{name}.npz", {"covered": covered}, f"{name}.npy")
     return {"name": f"{name}.npy", "bytes": int(objects.map_records(f"{name}.npy").nbytes)}
 
 
-def missing(objects, name, reasons):
-    """Returns (arrays that an object holds or None, places of documents that are still there and that it lacks)."""
-    held = objects.read_arrays(name) if objects.has(name) else None
+def missing(objects, name, reasons, beside=None):
+    """Returns (arrays that an object holds or None, places of documents that are still there and that it lacks).
+
+    beside: the object that belongs to it. What is damaged is made again from nothing.
+    """
+    held = objects.held_arrays(name, beside)
     is_here = reasons == ""
     return held, np.flatnonzero(is_here if held is None else is_here & ~held["covered"])
 
@@ -170,7 +171,7 @@ def _decide(step, values, reasons):
 
 
 def _transform(objects, name, step, texts, reasons, found, earlier):
-    held, places = missing(objects, f"{name}.npz", reasons)
+    held, places = missing(objects, f"{name}.npz", reasons, f"{name}.parquet")
     if len(places) or held is None:
         documents = _chosen(objects, texts, places, step, earlier)
         new, values, removed = step.transform(documents, *_own(found, places))
@@ -183,7 +184,7 @@ def _transform(objects, name, step, texts, reasons, found, earlier):
         values["is_blank"] = np.array([not text.strip() for text in new], bool)
         objects.write_table(f"{name}.parquet", columns)
         held = spread(held, values, places, len(reasons))
-        objects.write_arrays(f"{name}.npz", held)
+        objects.write_arrays(f"{name}.npz", held, f"{name}.parquet")
     texts.push(name)
     reasons[(reasons == "") & held["is_blank"]] = f"{step.name}: {EMPTIED}"
 
@@ -219,6 +220,11 @@ def _own(found, places):
     own = found[np.isin(found["document"], places)]
     own["document"] = np.searchsorted(places, own["document"])
     return (own,)
+
+
+def digest_of_findings(objects, name, start, stop):
+    """Returns a hash of what the findings of that name say of documents start..stop."""
+    return _digest(findings_of(objects.map_records(name), start, stop))
 
 
 def _digest(found):

@@ -30,6 +30,7 @@ A module of this package adds steps by defining them:
 import abc
 import dataclasses
 import difflib
+import re
 import types
 import typing
 
@@ -41,6 +42,7 @@ from llmos_jax.errors import ConfigError
 
 _PACKAGE = "llmos_jax.data.clean"
 _STEPS = {}
+_LABEL = re.compile(r"\w([\w .-]*\w)?")
 
 
 def threshold(default, **words):
@@ -71,7 +73,9 @@ class Step:
     reads_attributes: typing.ClassVar[bool] = False
 
     def __post_init__(self):
-        """Raises ConfigError when a smallest value is larger than its largest one: no document would stay."""
+        """Raises ConfigError on a label that can't stand before attributes and reasons, and when nothing would stay."""
+        if self.label and not _LABEL.fullmatch(self.label):
+            raise ConfigError(f"label={self.label!r} of step {self.step!r} must be letters, digits, - _ . or blanks within.")
         names = [field.name for field in dataclasses.fields(self)]
         for low in names:
             high = {"at_least": "at_most"}.get(low, low.replace("min_", "max_", 1))
@@ -98,6 +102,10 @@ class Step:
 
     def inputs(self):
         """Returns JSON-able content hashes of what the step reads beside the documents (lists, models, evaluation sets)."""
+        return {}
+
+    def notes(self):
+        """Returns what the manifest says of what the step reads beside the documents, JSON-able; DataError when it is bad."""
         return {}
 
 

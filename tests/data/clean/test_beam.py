@@ -5,9 +5,13 @@ import pathlib
 
 import pytest
 
-from llmos_jax.config import parse
+from llmos_jax.config import parse, to_plain
+from llmos_jax.data.clean import beam as beam_lib
 from llmos_jax.data.clean.beam import BeamRunner
+from llmos_jax.data.clean.objects import Objects
 from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
+from llmos_jax.data.clean.reading import read_task
+from llmos_jax.data.sources import list_files
 from llmos_jax.errors import ConfigError, DataError
 
 
@@ -60,6 +64,19 @@ def test_beam_takes_the_options_of_the_readme():
         known = given.get_all_options(drop_default=True)
         assert set(known) == {part.partition("=")[0].removeprefix("--") for part in line.split(",")}
         assert not given.view_as(options.PortableOptions).validate(validator.PipelineOptionsValidator(given, None))
+
+
+def test_an_error_of_any_class_comes_back(tmp_path):
+    """What a worker does and the one who waits for it, without Beam between them."""
+    chosen = settings(tmp_path, on_corrupt="error")
+    (tmp_path / "in" / "bad.jsonl").write_text("{broken\n")
+    files, objects = list_files(chosen.sources[0]), Objects(tmp_path / "out")
+    task = read_task(chosen.sources[0], "in", files, [file.content_hash() for file in files], chosen)
+    beam_lib._run_text(json.dumps(to_plain(task)), objects.root)
+    with pytest.raises(DataError, match="bad.jsonl is damaged near line 1"):
+        beam_lib._result(objects, task)
+    with pytest.raises(DataError, match="was not written: do all workers see"):
+        beam_lib._result(objects, task)
 
 
 def test_without_beam_the_extra_is_named(tmp_path, monkeypatch):

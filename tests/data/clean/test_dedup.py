@@ -13,8 +13,9 @@ from llmos_jax.data.clean.words import words_of
 
 
 def decide(step, shards):
-    """Returns [duplicate_of, -1: kept] over all shards."""
-    return np.concatenate([attributes["duplicate_of"] for attributes, _ in apply_step(step, shards)]).tolist()
+    """Returns [number of the document that each is a duplicate of, -1: kept] over all shards."""
+    distance = np.concatenate([attributes["distance"] for attributes, _ in apply_step(step, shards)])
+    return np.where(distance > 0, np.arange(len(distance)) - distance, -1).tolist()
 
 
 def groups_of(texts, duplicate_of):
@@ -88,11 +89,12 @@ def test_groups_depend_on_the_set_of_documents_only(texts, random, shards):
     findings = step.finish(np.concatenate([step.reduce(part) for part in ranges]), len(texts))
     whole = step.finish(step.reduce(records), len(texts))
     assert findings.tolist() == whole.tolist()
-    later = whole[~whole["is_kept"]]
-    assert dict(zip(later["document"].tolist(), later["kept"].tolist(), strict=True)) == {
+    later = whole[whole["distance"] > 0]
+    assert dict(zip(later["document"].tolist(), (later["document"] - later["distance"]).tolist(), strict=True)) == {
         number: first for number, first in enumerate(found) if first >= 0
     }
-    assert {int(number) for number in whole["document"][whole["is_kept"]]} == {first for first in found if first >= 0}
+    kept = whole["document"][whole["distance"] == 0]
+    assert {int(number) for number in kept} == {first for first in found if first >= 0}
 
 
 def test_components_are_those_of_a_naive_search():
@@ -104,7 +106,7 @@ def test_components_are_those_of_a_naive_search():
         for one, two in edges.tolist():
             label[one] = label[two] = min(label[one], label[two])
     sizes = {first: list(label.values()).count(first) for first in label.values()}
-    expected = sorted((node, first, sizes[first], node == first) for node, first in label.items())
+    expected = sorted((node, node - first, sizes[first]) for node, first in label.items())
     assert components(edges).tolist() == expected
 
 
