@@ -106,7 +106,7 @@ def write_version(directory, config, inputs, funnel, outputs):
         "funnel": funnel,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
-        "passed_over": inputs["passed_over"],
+        "passed_over": dict(zip(_guarded(inputs["passed_over"], config.steps), inputs["passed_over"].values(), strict=True)),
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)

@@ -1,6 +1,7 @@
 """What comes out of a shard: its clean documents, the removed ones with their reasons, and what was cut out of texts."""
 
 import bisect
+import functools
 import hashlib
 import json
 
@@ -90,7 +91,8 @@ def _protect(protect, documents, is_removed, cuts, found):
     for place in np.flatnonzero(is_removed):
         documents.texts[place] = protect(documents.texts[place])
     cuts["removed"] = [protect(text) for text in cuts["removed"]]
-    documents.metadata = [_protected(item, protect) for item in documents.metadata]
+    name_of = functools.cache(protect)
+    documents.metadata = [_protected(item, protect, name_of) for item in documents.metadata]
     for arrays in found.values():
         for name, values in arrays.items():
             if values.dtype.kind == "U":
@@ -98,12 +100,18 @@ def _protect(protect, documents, is_removed, cuts, found):
                 arrays[name] = np.array([protect(value) for value in different.tolist()], np.str_)[places]
 
 
-def _protected(item, protect):
-    if isinstance(item, dict):
-        return {key: _protected(value, protect) for key, value in item.items()}
+def _protected(item, protect, name_of):
     if isinstance(item, list):
-        return [_protected(value, protect) for value in item]
-    return protect(item) if isinstance(item, str) else item
+        return [_protected(value, protect, name_of) for value in item]
+    if not isinstance(item, dict):
+        return protect(item) if isinstance(item, str) else item
+    cleaned = {}
+    for key, value in item.items():
+        name = name_of(key)  # of a table without a header the first record names the fields
+        while name in cleaned:
+            name += "_"
+        cleaned[name] = _protected(value, protect, name_of)
+    return cleaned
 
 
 def _columns(documents, source):
