@@ -306,7 +306,7 @@ def _guarded(messages, steps):
     """Returns messages, which may quote what was read, without what steps `protect`."""
     for step in steps:
         if getattr(step, "protect", None):
-            messages = [step.protect(message) for message in messages]
+            messages = step.protect(list(messages))
     return messages
 
 
