@@ -354,6 +354,8 @@ class Phone:
 
     def _is_written_so(self, number, region):
         """Whether the groups of a number are those of its country's own way of writing it."""
+        if number.isdigit() or re.search(r"[-.]", number):
+            return False
         library = self._library
         try:
             parsed = library.parse(number, region)
@@ -362,7 +364,7 @@ class Phone:
         if not library.is_valid_number(parsed):
             return False
         own = library.format_number(parsed, library.PhoneNumberFormat.NATIONAL)
-        return not re.search(r"[-.]", number) and re.findall(r"\d+", own) == re.findall(r"\d+", number) and not own.isdigit()
+        return re.findall(r"\d+", own) == re.findall(r"\d+", number)
 
     def _is_valid(self, number, region):
         library = self._library
