@@ -14,7 +14,7 @@ _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
 # Beside a file of documents: where each key stands, so that one is found without reading all files.
 INDEXES = {"documents": "index", "removed": "removed-index"}
-VERSION = 3
+VERSION = 4
 _PLACE = np.dtype([("hash", np.uint64), ("row", np.uint32)])
 
 
