@@ -87,6 +87,7 @@ class Engine:
         self.counts = collections.Counter()
         self._row_ladder = _ladder(1, rows, 2)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
+        self._decode_ladder = _fine_ladder(self._page_ladder[0], whole)
         chunk = self.pool.pages_for(self.settings.prefill_tokens)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
         self._next_id, self._weights, self._pools, self._cancelled = 0, None, None, []
@@ -192,11 +193,12 @@ class Engine:
 
     def warm_up(self):
         """Compiles every program that a request can need, and returns how many there are."""
-        for pages in self._page_ladder:
-            for rows in self._row_ladder:
+        for rows in self._row_ladder:
+            for pages in self._decode_ladder:
                 self._run("decode", self._arrays([], rows, 1, pages), steps=self.settings.decode_steps)
-                if self.settings.draft_tokens:
-                    self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
+            for pages in self._page_ladder if self.settings.draft_tokens else ():
+                self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
+        for pages in self._page_ladder:
             for length in self._chunk_ladder:
                 self._run("prefill", self._chunk_arrays(None, 0, 0, length, pages), has_past=True)
         for length in self._chunk_ladder:
@@ -253,7 +255,7 @@ class Engine:
 
     def _decode(self, requests, events):
         steps = self.settings.decode_steps
-        pages = self._pages_for(max(r.computed for r in requests) + steps)
+        pages = self._pages_for(max(r.computed for r in requests) + steps, self._decode_ladder)
         rows = self._arrays(requests, self._rows_for(requests), 1, pages)
         for row, request in enumerate(requests):
             rows["tokens"][row, 0] = request.tokens[-1]
@@ -305,9 +307,9 @@ class Engine:
     def _rows_for(self, requests):
         return next(rows for rows in self._row_ladder if rows >= len(requests))
 
-    def _pages_for(self, tokens):
-        pages = self.pool.pages_for(tokens)
-        return next((step for step in self._page_ladder if step >= pages), self._page_ladder[-1])
+    def _pages_for(self, tokens, ladder=None):
+        pages, ladder = self.pool.pages_for(tokens), ladder or self._page_ladder
+        return next((step for step in ladder if step >= pages), ladder[-1])
 
 
 def _ladder(least, most, factor):
@@ -315,6 +317,18 @@ def _ladder(least, most, factor):
     sizes = [min(least, most)]
     while sizes[-1] < most:
         sizes.append(min(sizes[-1] * factor, most))
+    return sizes
+
+
+def _fine_ladder(least, most):
+    """Returns sizes as `_ladder`'s by 2, with one more between the first two, and three between the later ones.
+
+    Decoding waits for what it reads of the cache, above all where contexts are long: a quarter too much is enough.
+    """
+    sizes, octave = [min(least, most)], least
+    while sizes[-1] < most:
+        octave *= 2 if sizes[-1] >= 2 * octave else 1
+        sizes.append(min(sizes[-1] + max(octave // 4, least // 2, 1), most))
     return sizes
 
 

@@ -76,10 +76,11 @@ class Programs:
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
         hidden_BLD, recent = model.decode(tokens_BL, positions_BL, layers, longest_BL)
-        pools = self.stages.each(cache.write_pages, (0, 0, None))(pools, recent, rows["pages"])
         last_B1D = jnp.take_along_axis(hidden_BLD, rows["count"][:, None, None] - 1, 1)
         sampler = self._sampler(model, rows)
         token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
+        pages_BP = _once_known(token_B[:, None], rows["pages"])
+        pools = self.stages.each(cache.write_pages, (0, 0, None))(pools, recent, pages_BP)
         return jax.tree.map(lambda x: x[None], (token_B, logprobs)), pools
 
     def _decode(self, weights, pools, rows, steps):
@@ -125,7 +126,15 @@ class Programs:
 
         steps_L, drafts_LB = jnp.arange(tokens_BL.shape[1]), jnp.roll(tokens_BL, -1, axis=1).T
         _, drawn = lax.scan(draw, sampler.counts, (steps_L, logits_BLV.swapaxes(0, 1), drafts_LB))
-        return drawn, self._write(pools, recent, rows, rows["count"])
+        return drawn, self._write(pools, recent, rows, _once_known(drawn[0][-1], rows["count"]))
+
+
+def _once_known(tokens, values):
+    """Returns `values`, as something that depends on drawn tokens, and by them on all that was read of the past.
+
+    What is written to the pools at such places is written after they were read. Where nothing says so, XLA copies them first.
+    """
+    return jnp.where(tokens >= 0, values, 0)
 
 
 def row_arrays(requests, size, length, pages, history):

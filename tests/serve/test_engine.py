@@ -1,7 +1,9 @@
 """The engine against a plain reference that runs every request alone, without cache, pages, drafts or neighbours."""
 
+import collections
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import few_rows, gpt, llama
 from llmos_jax.models.rope import RopeConfig
-from llmos_jax.serve.engine import Engine, EngineConfig
+from llmos_jax.serve.engine import Engine, EngineConfig, _fine_ladder
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
 
@@ -132,6 +134,26 @@ ASKED = [(prompt, SAMPLINGS[index % len(SAMPLINGS)]) for index, prompt in enumer
 @pytest.fixture(scope="module")
 def expected(made):
     return [reference(made[1], prompt, sampling, index) for index, (prompt, sampling) in enumerate(ASKED)]
+
+
+def test_no_program_copies_the_cache(made):
+    """Keys and values of all requests are updated in place: XLA copies what it might write before it has read it."""
+    engine, _ = made
+    engine.warm_up()
+    shape = ",".join(map(str, engine._pools[0][0].shape))
+    kinds = collections.Counter()
+    for (kind, *_), program in engine.programs._compiled.items():
+        text = program.as_text()
+        assert f"[{shape}]" in text and not re.search(rf"f32\[{shape}\]\S* copy\(", text), kind
+        kinds[kind] += 1
+    assert kinds.keys() == {"prefill", "decode", "verify"}
+
+
+def test_sizes_of_contexts():
+    assert _fine_ladder(16, 64) == [16, 24, 32, 40, 48, 56, 64]
+    assert _fine_ladder(1, 6) == [1, 2, 3, 4, 5, 6] and _fine_ladder(16, 10) == [10]
+    sizes = _fine_ladder(16, 8192)
+    assert sizes[-1] == 8192 and all(b <= 1.25 * a for a, b in zip(sizes[2:], sizes[3:], strict=False)) and len(sizes) == 35
 
 
 class Oracle:
