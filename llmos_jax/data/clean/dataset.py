@@ -117,7 +117,7 @@ def write_version(directory, config, inputs, funnel, outputs, notes):
         "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
-        "passed_over": inputs["passed_over"],
+        "passed_over": dict(zip(_guarded(inputs["passed_over"], config.steps), inputs["passed_over"].values(), strict=True)),
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)
@@ -354,7 +354,7 @@ def _guarded(messages, steps):
     """Returns messages, which may quote what was read, without what steps `protect`."""
     for step in steps:
         if getattr(step, "protect", None):
-            messages = [step.protect(message) for message in messages]
+            messages = step.protect(list(messages))
     return messages
 
 

@@ -119,7 +119,7 @@ class NationalIds:
     def find(self, view):
         """Yields (start, end, kind) for a `pii_view.View`."""
         text = view.text
-        for place in view.capitals:
+        for place in view.behind_capitals:
             yield from self._of_few_digits.find(text, max(0, place - 6), place + 12)
         for start, end in view.runs:
             # A little more than the run, for what may not follow it.

@@ -87,23 +87,48 @@ def rows_of_key(index, key):
 
 def _protect(protect, documents, is_removed, cuts, found):
     """Applies `protect` to what no step saw it in: removed documents, cuts of other steps, metadata, and attributes of text."""
-    for place in np.flatnonzero(is_removed):
-        documents.texts[place] = protect(documents.texts[place])
-    cuts["removed"] = [protect(text) for text in cuts["removed"]]
-    documents.metadata = [_protected(item, protect) for item in documents.metadata]
+    removed = [documents.texts[place] for place in np.flatnonzero(is_removed)]
+    attributes = [values for arrays in found.values() for values in arrays.values() if values.dtype.kind == "U"]
+    strings = {
+        *removed,
+        *cuts["removed"],
+        *_strings(documents.metadata),
+        *(v for values in attributes for v in values.tolist()),
+    }
+    clean = dict(zip(strings, protect(list(strings)), strict=True))
+    for place, text in zip(np.flatnonzero(is_removed), removed, strict=True):
+        documents.texts[place] = clean[text]
+    cuts["removed"] = [clean[text] for text in cuts["removed"]]
+    documents.metadata = [_replaced(item, clean) for item in documents.metadata]
     for arrays in found.values():
         for name, values in arrays.items():
             if values.dtype.kind == "U":
-                different, places = np.unique(values, return_inverse=True)
-                arrays[name] = np.array([protect(value) for value in different.tolist()], np.str_)[places]
+                arrays[name] = np.array([clean[value] for value in values.tolist()], np.str_)
 
 
-def _protected(item, protect):
+def _strings(item):
+    """Yields all strings of metadata, names of fields too: of a table without a header the first record names them."""
     if isinstance(item, dict):
-        return {key: _protected(value, protect) for key, value in item.items()}
+        item = [*item, *item.values()]
     if isinstance(item, list):
-        return [_protected(value, protect) for value in item]
-    return protect(item) if isinstance(item, str) else item
+        for value in item:
+            yield from _strings(value)
+    elif isinstance(item, str):
+        yield item
+
+
+def _replaced(item, clean):
+    if isinstance(item, list):
+        return [_replaced(value, clean) for value in item]
+    if not isinstance(item, dict):
+        return clean[item] if isinstance(item, str) else item
+    replaced = {}
+    for key, value in item.items():
+        name = clean[key]
+        while name in replaced:
+            name += "_"
+        replaced[name] = _replaced(value, clean)
+    return replaced
 
 
 def _columns(documents, source, files, chosen):

@@ -14,7 +14,7 @@ import numpy as np
 from llmos_jax.config import setting
 from llmos_jax.data.clean import pii_patterns as patterns
 from llmos_jax.data.clean.national_ids import NationalIds
-from llmos_jax.data.clean.pii_view import View
+from llmos_jax.data.clean.pii_view import views
 from llmos_jax.data.clean.secrets import Secrets
 from llmos_jax.data.clean.steps import Transform, register
 from llmos_jax.errors import ConfigError
@@ -79,19 +79,17 @@ class Pii(Transform):
         """Returns (texts without personal data, {"pii_CLASS": how many}, masked samples of what was cut out)."""
         scan = scanner(self)
         texts, counts, removed = [], {name: np.zeros(len(documents), np.int32) for name in self.classes}, []
-        for number, text in enumerate(documents.texts):
-            found = scan.find(text)
+        for number, (text, found) in enumerate(zip(documents.texts, scan.find_all(documents.texts), strict=True)):
             for finding in found:
                 counts[finding.name][number] += 1
             texts.append(scan.replace(text, found) if found else text)
             removed.append("\n".join(f"{f.kind}: {masked(text[f.start : f.end], f.name)}" for f in found) or None)
         return texts, {f"pii_{name}": values for name, values in counts.items()}, removed
 
-    def protect(self, text):
-        """Returns a text without personal data: of documents that were removed before their turn came, and of metadata."""
+    def protect(self, texts):
+        """Returns texts without personal data: of documents removed before their turn came, of metadata, of messages."""
         scan = scanner(self)
-        found = scan.find(text)
-        return scan.replace(text, found) if found else text
+        return [scan.replace(text, found) if found else text for text, found in zip(texts, scan.find_all(texts), strict=True)]
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,7 +129,14 @@ class Scanner:
 
     def find(self, text):
         """Returns the Findings in `text` in order, none overlapping another."""
-        view = View(text)
+        return next(self.find_all([text]))
+
+    def find_all(self, texts):
+        """Yields the Findings in each text: many at once take less time, short ones much less."""
+        for text, view in zip(texts, views(texts), strict=True):
+            yield self._find(text, view)
+
+    def _find(self, text, view):
         found = [
             Finding(start, end, name, kind)
             for name, detector in self._detectors.items()

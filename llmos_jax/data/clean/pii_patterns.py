@@ -22,11 +22,12 @@ _DOMAIN = re.compile(
 )
 # Other ways of writing an @, and the dot: `name [at] host [dot] org`, `name%40host.org`, `name&#64;host.org`.
 _SPELT_AT = re.compile(r"[\[({<%&](?:(?<![%&]) ?at ?[\])}>] ?|(?<=%)40|(?<=&)(?:#0{0,2}64|#x0{0,2}40|commat);)")
-_SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({<] ?dot ?[\])}>]|&#46;|\.) ?[\w-]{2,24}){1,4}")
+_SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({<] ?dot ?[\])}>]|&#46;|\.) ?[\w-]{2,24}){1,4}", re.IGNORECASE)
 # `name at host dot org`: only with an ending that is no word of a sentence about dots.
 _SPOKEN = re.compile(
     r"[\w.+-]{1,64}(?: dot [\w.+-]{1,40}){0,3} at (?:[\w-]{1,63} dot ){1,4}(?:com|org|net|edu|gov|info|io|dev|app|co|uk|de"
-    r"|fr|es|nl|pl|se|ch|eu|ca|au|jp|br|ru|cz|dk|fi|pt|ie|nz|mx|us)(?!\w)"
+    r"|fr|es|nl|pl|se|ch|eu|ca|au|jp|br|ru|cz|dk|fi|pt|ie|nz|mx|us)(?!\w)",
+    re.IGNORECASE,
 )
 # What sentences, quotes and markup leave before an address.
 _NOT_FIRST = "'`*|{=/.&?~!#$%^-"
@@ -70,15 +71,15 @@ class Email:
             if domain and start < place and not self._is_other(text, domain):
                 yield start, domain.end(), "email"
             place = text.find("@", place + 1)
-        for mark in _SPELT_AT.finditer(view.lowered):
-            domain = _SPELT_DOMAIN.match(view.lowered, mark.end())
+        for mark in filter(None, (_SPELT_AT.match(view.lowered, place) for place in view.brackets)):
+            domain = _SPELT_DOMAIN.match(text, mark.end())
             before = mark.start() - text.endswith(" ", 0, mark.start())
             start = domain and self._start(text, before)
             if domain and start < before and not self._is_other(text, domain):
                 yield start, domain.end(), "email"
         place = view.lowered.find(" dot ")
         while place >= 0:
-            match = _SPOKEN.search(view.lowered, max(0, place - 140), place + 140)
+            match = _SPOKEN.search(text, max(0, place - 140), place + 140)
             if match:
                 yield match.start(), match.end(), "email"
             place = view.lowered.find(" dot ", max(place + 5, match.end() if match else 0))
@@ -353,6 +354,8 @@ class Phone:
 
     def _is_written_so(self, number, region):
         """Whether the groups of a number are those of its country's own way of writing it."""
+        if number.isdigit() or re.search(r"[-.]", number):
+            return False
         library = self._library
         try:
             parsed = library.parse(number, region)
@@ -361,7 +364,7 @@ class Phone:
         if not library.is_valid_number(parsed):
             return False
         own = library.format_number(parsed, library.PhoneNumberFormat.NATIONAL)
-        return not re.search(r"[-.]", number) and re.findall(r"\d+", own) == re.findall(r"\d+", number) and not own.isdigit()
+        return re.findall(r"\d+", own) == re.findall(r"\d+", number)
 
     def _is_valid(self, number, region):
         library = self._library
@@ -423,16 +426,19 @@ class StreetAddress:
     def find(self, view):
         """Yields (start, end, "address")."""
         text = view.text
-        for match in _NUMBERED.finditer(text):
-            yield match.start(), match.end(), "address"
-        for number in _HOUSE_NUMBER.finditer(text):
+        for places, pattern in ((view.numbers, _NUMBERED), (view.romance, _ROMANCE)):
+            done = 0
+            for place in places:
+                match = pattern.match(text, place) if place >= done else None
+                if match:
+                    done = match.end()
+                    yield place, done, "address"
+        for number in filter(None, (_HOUSE_NUMBER.match(text, place - 1) for place in view.street_numbers)):
             place = number.start()
             if text.endswith(_GERMANIC_ENDS, max(0, place - 8), place):
                 match = _GERMANIC.search(text, max(0, place - 80), place)
                 if match:
                     yield match.start(), number.end(), "address"
-        for match in _ROMANCE.finditer(text):
-            yield match.start(), match.end(), "address"
 
     @staticmethod
     def normal(value):

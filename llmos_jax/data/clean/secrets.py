@@ -65,8 +65,10 @@ _BEFORE_BODY, _LONGEST_KEY = 300, 20_000
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.\[-])")
 
 # ---- names that say what the value behind them is
-_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contraseña", "senha", "пароль", "密码")
+_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contrase?a", "senha")
 _NAMES = (*_PASSWORD_NAMES, "token", "key")
+# A view's small letters are ASCII, with a ? for each other letter; names without any are looked for in the text.
+_OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
 # A key needs a word before it that says whose.
 _KEY_OF = re.compile(r"(?:api|access|private|auth|secret|encryption|master|account|client|signing|deploy|service|aes)[ _-]?\Z")
 # The rest of a name: what may go on in the same word, and what says that the value is something about the credential.
@@ -147,8 +149,7 @@ class Secrets:
     def find(self, view):
         """Yields (start, end, "secret")."""
         text, lowered = view.text, view.lowered
-        # Literals are looked for in long words alone, an eighth of most texts.
-        words = "\n".join([word for word in text.split() if len(word) > 19])
+        words = view.long_words  # a few percent of most texts
         for literal, pattern in self._known.items() if words else ():
             if literal in words:
                 for match in pattern.finditer(text):
@@ -160,7 +161,9 @@ class Secrets:
                 if not _is_stand_in(match[1]) and not re.match(r"\d{1,5}[?#]", match[1]):
                     yield match.start(1), match.end(1), "secret"
         for name in _NAMES:
-            yield from _assigned(text, lowered, name)
+            yield from _assigned(text, lowered, lowered, name)
+        for name in () if text.isascii() else _OTHER_NAMES:
+            yield from _assigned(text, lowered, text, name)
         yield from _sent(text, lowered)
         for command, pattern in _COMMANDS.items():
             if command in lowered:
@@ -207,15 +210,15 @@ def _is_basic(value):
         return False
 
 
-def _assigned(text, lowered, name):
-    """Yields the values behind one name."""
-    place = lowered.find(name)
+def _assigned(text, lowered, names, name):
+    """Yields the values behind one name, which stands in `names`: the text, or its small letters."""
+    place = names.find(name)
     while place >= 0:
         found = _value_behind(text, lowered, name, place)
         end = place + len(name)
         if found:
             yield *found, "secret"
-        place = lowered.find(name, end)
+        place = names.find(name, end)
 
 
 def _value_behind(text, lowered, name, place):
@@ -228,7 +231,7 @@ def _value_behind(text, lowered, name, place):
     separator = _SEPARATOR.match(text, rest.end())
     if not separator:
         return None
-    start, is_for_people, is_named = separator.end(), name in _PASSWORD_NAMES, True
+    start, is_for_people, is_named = separator.end(), name not in ("token", "key"), True
     if separator["space"]:  # --password VALUE, the password is VALUE, password VALUE
         is_option = _OPTION.search(text, max(0, place - 30), place)
         is_statement = _PROSE_IS.match(text, start)

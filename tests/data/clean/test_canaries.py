@@ -81,6 +81,34 @@ def test_no_planted_datum_survives(planted, tmp_path, is_first):
     assert not survivors(tmp_path, data)
 
 
+def test_no_planted_datum_survives_where_records_are_bad_or_name_fields(tmp_path):
+    """A table without a header: its first record names the fields, and messages say which there are."""
+    data = ["bob@corp-mail.org", "eve@corp-mail.org", "77.12.9.200", "+41 44 668 18 00", "4111 1111 1111 1111"]
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "a.csv").write_text(f"{data[0]},{data[2]},{data[3]}\n{data[1]},{data[2]},{data[4]}\n")
+    (source / "b.jsonl").write_text(
+        json.dumps({data[0]: 1, data[1]: [2], "text": FILLER, "long": "x" * 5000})
+        + "\n"
+        + json.dumps({data[0]: 1, data[3]: "no text"})
+        + "\n"
+        + f'{{"text": "{data[4]}"'
+        + "\n"
+        + json.dumps({"text": FILLER[::-1], data[4]: data[0], data[1]: "x" * 5000})
+    )
+    config = {"sources": [{"path": str(source)}], "workers": 1}
+    for steps, expected in ([{"step": "length"}], {*data[:2], data[3]}), ([{"step": "length"}, {"step": "pii"}], set()):
+        folder = tmp_path / str(len(steps))
+        prepare_dataset(parse(PrepareConfig, config | {"steps": steps}), folder, log=lambda line: None)
+        version = open_dataset(folder)
+        assert version.manifest["bad"]["count"] == 3 and version.manifest["passed_over"]
+        write_dataset_report(version.directory / "report.html", version)
+        found = set(survivors(version.directory, data))
+        assert found >= expected if expected else not found
+    names = sorted(sorted(json.loads(row["metadata"])) for row in version.iterate())
+    assert names == [["[CREDIT_CARD]"], ["[EMAIL]", "[EMAIL]_"]]
+
+
 def test_without_the_step_they_are_all_there(planted, tmp_path):
     """The reader above finds what is there to be found."""
     file, data = planted
