@@ -23,7 +23,7 @@ def list_tfds(path):
     try:
         info = tfds.builder(name).info
     except (tfds.core.DatasetNotFoundError, FileNotFoundError, AssertionError, ValueError, NotImplementedError) as error:
-        raise _not_prepared(path, str(error).strip().splitlines()[0]) from None
+        raise _not_prepared(path, _reason(error)) from None
     if not info.splits:
         raise _not_prepared(path, "it has no split")
     if split not in info.splits:
@@ -47,7 +47,7 @@ def read_tfds(file, source, limit):
         records = ArrayRecordDataSource([file.location])
         count = len(records)
     except Exception as error:  # array_record raises several kinds
-        raise DataError(f"{file} is damaged: {str(error).splitlines()[0]}.") from None
+        raise DataError(f"{file} is damaged: {_reason(error)}.") from None
     if count != _lengths(folder)[name]:
         raise DataError(f"{file} is damaged: {count} records, not the {_lengths(folder)[name]} of dataset_info.json.")
     for start in range(0, count, _BATCH):
@@ -58,7 +58,7 @@ def read_tfds(file, source, limit):
                     raise data
                 record = features.deserialize_example_np(data)
             except Exception as error:
-                yield DataError(f"{where} is damaged: {str(error).strip().splitlines()[0]}.")
+                yield DataError(f"{where} is damaged: {_reason(error)}.")
                 continue
             yield from read_record(record, f":{index}", source, where)
     if not count:
@@ -115,6 +115,11 @@ def _is_plain(feature):
         return _is_plain(feature.feature)
     kinds = (features.Text, features.ClassLabel, features.Scalar, features.Tensor)
     return type(feature) in kinds and len(feature.shape) <= 1
+
+
+def _reason(error):
+    """Returns the first line that an error says; some say nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _not_prepared(path, reason):
