@@ -85,6 +85,12 @@ def _plain(value, depth):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None if math.isnan(value) else str(value)
+    if hasattr(value, "tolist"):  # numpy's
+        if value.size > METADATA_CHARACTERS // 2:
+            raise _TooLargeError
+        value = value.tolist()
+        if not isinstance(value, list):
+            return _plain(value, depth)
     if isinstance(value, (dict, list, tuple)):
         # Each entry takes two characters at least.
         if not depth or len(value) > METADATA_CHARACTERS // 2:

@@ -46,11 +46,16 @@ class SourceFile:
         name = self.path.rsplit("/", 1)[-1].lower()
         return next((name.removesuffix(ending) for ending in _COMPRESSED if name.endswith(ending)), name)
 
+    @property
+    def location(self):
+        """Path or URL of the bytes; those of a clean dataset are looked after by that."""
+        return self.path.removeprefix(TFDS)
+
     def open_raw(self):
         """Returns a binary stream of the bytes as they lie there."""
-        if not is_remote(self.path):
-            return open(self.path, "rb")
-        return _file_system(self.path)[0].open(self.path)
+        if not is_remote(self.location):
+            return open(self.location, "rb")
+        return _file_system(self.location)[0].open(self.location)
 
     def open(self):
         """Returns a binary stream of the decompressed content; damage shows as one of `DAMAGE` while it is read."""
@@ -67,11 +72,11 @@ class SourceFile:
 
     def is_unchanged(self):
         """Whether the file still is what it was when it was listed, as far as its size and its stamp tell."""
-        if self.path.startswith((TFDS, DATASET)):
+        if self.path.startswith(DATASET):
             return True
-        path = pathlib.Path(self.path)
+        path = pathlib.Path(self.location)
         try:
-            (now,) = _list_remote(self.path) if is_remote(self.path) else list_local([path], path.parent)
+            (now,) = _list_remote(self.location) if is_remote(self.location) else list_local([path], path.parent)
         except (OSError, ConfigError):
             return False
         return (now.size_bytes, now.stamp) == (self.size_bytes, self.stamp)
@@ -79,9 +84,9 @@ class SourceFile:
     def content_hash(self):
         """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read.
 
-        TFDS and clean datasets have it in their own records already.
+        Clean datasets have it in their own records already.
         """
-        if self.path.startswith((TFDS, DATASET)):
+        if self.path.startswith(DATASET):
             return self.stamp
         try:
             with self.open_raw() as stream:

@@ -10,9 +10,10 @@ import json
 from llmos_jax.data.clean.dataset import read_verified
 from llmos_jax.data.columns import read_arrow, read_parquet
 from llmos_jax.data.encodings import decode, has_mark, repair_mojibake
-from llmos_jax.data.fields import read_record, too_long
+from llmos_jax.data.fields import too_long
 from llmos_jax.data.files import DAMAGE, DATASET, TFDS
 from llmos_jax.data.lines import read_csv, read_json, read_jsonl
+from llmos_jax.data.tfds_files import read_tfds
 from llmos_jax.data.web import html_text, read_warc
 from llmos_jax.errors import DataError
 
@@ -101,15 +102,6 @@ def _read_html(file, source, limit):
     yield "", text, metadata
 
 
-def _read_tfds(file, source, limit):
-    import tensorflow_datasets as tfds
-
-    data = tfds.builder(file.key).as_data_source(split="train")
-    for index in range(len(data)):
-        record = {name: value for name, value in data[index].items() if name == source.text_key}
-        yield from read_record(record, f":{index}", source, f"{file}, record {index}")
-
-
 def _read_dataset(file, source, limit):
     """Documents of a clean dataset, with the keys that they have there; the file's bytes are verified first."""
     table = read_verified(file.path.removeprefix(DATASET), file.stamp, ["key", "text", "metadata"])
@@ -127,6 +119,6 @@ _READERS = {
     "arrow": read_arrow,
     "html": _read_html,
     "warc": read_warc,
-    "tfds": _read_tfds,
+    "tfds": read_tfds,
     "dataset": _read_dataset,
 }

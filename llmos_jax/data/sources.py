@@ -7,11 +7,12 @@ import pathlib
 import re
 import sysconfig
 
-from llmos_jax.config import fingerprint, setting
+from llmos_jax.config import setting
 from llmos_jax.data.clean.dataset import is_dataset, open_dataset
 from llmos_jax.data.fields import PassedOver
-from llmos_jax.data.files import DATASET, SourceFile, list_local, list_path
+from llmos_jax.data.files import DATASET, TFDS, SourceFile, list_local, list_path
 from llmos_jax.data.readers import FORMATS, format_of, read_file
+from llmos_jax.data.tfds_files import list_tfds
 from llmos_jax.errors import ConfigError, DataError
 
 
@@ -21,8 +22,8 @@ class SourceConfig:
 
     path: str = setting(
         "stdlib",
-        help="stdlib[:PACKAGE], a file, folder or fsspec URL (text, jsonl, JSON, csv, parquet, arrow, HTML, WARC), tfds:NAME, "
-        "a clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
+        help="stdlib[:PACKAGE], a file, folder or fsspec URL (text, jsonl, JSON, csv, parquet, arrow, HTML, WARC), "
+        "tfds:NAME[#SPLIT], a clean dataset (FOLDER, or FOLDER#SOURCE for one of its sources), or prepared records",
     )
     weight: float = setting(1.0, help="share of the records of a mixture, relative to the others", above=0.0)
     max_epochs: float | None = setting(None, help="how often training goes through it at most; none: no limit", above=0.0)
@@ -71,8 +72,8 @@ class Document:
 
 def list_files(source):
     """Returns the SourceFiles of a source in a fixed order; ConfigError names a path that does not exist."""
-    if source.path.startswith("tfds:"):
-        return [_tfds_file(source)]
+    if source.path.startswith(TFDS):
+        return list_tfds(source.path)
     folder, _, part = source.path.partition("#")
     if is_dataset(folder):
         return _dataset_files(source, open_dataset(folder), part)
@@ -158,26 +159,3 @@ def _dataset_files(source, version, part):
         raise DataError(f"{source.path} ({version.directory}) holds no document: every one was removed.")
     folder = version.directory
     return [SourceFile(f"{DATASET}{folder / e['name']}", e["name"], e["bytes"], e["sha256"]) for e in entries]
-
-
-def _tfds_file(source):
-    """Returns a whole TFDS dataset as one file, whose stamp tells its content."""
-    import tensorflow_datasets as tfds
-
-    name = source.path.removeprefix("tfds:")
-    try:
-        builder = tfds.builder(name)
-        builder.as_data_source(split="train")
-    except (
-        tfds.core.DatasetNotFoundError,
-        FileNotFoundError,
-        AssertionError,
-        ValueError,
-        NotImplementedError,
-    ) as error:
-        where = tfds.core.constants.DATA_DIR
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{source.path} is not prepared in {where} ({reason}): prepare it there as array_record.") from None
-    info = builder.info
-    stamp = fingerprint([info.full_name, info.dataset_size, {k: v.num_examples for k, v in info.splits.items()}])
-    return SourceFile(source.path, name, int(info.dataset_size) or 1, stamp)
