@@ -16,7 +16,7 @@ from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting, to_plain
 from llmos_jax.data.clean import exchange, output, stage
 from llmos_jax.data.clean.augment import AugmentConfig
-from llmos_jax.data.clean.dataset import note_needs, write_version
+from llmos_jax.data.clean.dataset import list_versions, note_needs, write_version
 from llmos_jax.data.clean.objects import Objects, Task
 from llmos_jax.data.clean.reading import (
     check_bad,
@@ -69,6 +69,7 @@ def prepare_dataset(config, directory, *, log=print):
     naming files and records; after either, and after being killed, the same call goes on.
     """
     start = time.perf_counter()
+    list_versions(directory)  # what is there must be of this release: said before the work, not after it
     objects = Objects(directory / CACHE)
     objects.remove_leftovers()
     notes = {step.name: step.notes() for step in config.steps}

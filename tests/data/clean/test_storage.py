@@ -117,6 +117,22 @@ def test_a_file_that_was_written_damaged_is_one_clear_error(tmp_path):
         read_verified(path, hashlib.sha256(data).hexdigest())
 
 
+def test_a_dataset_of_another_format_is_refused_before_any_work(tmp_path, monkeypatch):
+    chosen = config(corpus(tmp_path / "in"))
+    version = prepare_dataset(chosen, tmp_path / "out", log=quiet)
+    manifest = version.directory / "dataset.json"
+    manifest.write_text(json.dumps(version.manifest | {"format": 2}))
+    shutil.rmtree(tmp_path / "out" / "cache")
+    ran = counting(monkeypatch)
+    for use in (
+        lambda: prepare_dataset(chosen, tmp_path / "out", log=quiet),
+        lambda: prepare_dataset(settings([tmp_path / "out"]), tmp_path / "other", log=quiet),
+    ):
+        with pytest.raises(DataError, match=f"{manifest} is of format 2, not 3 of this release: remove {version.directory}"):
+            use()
+    assert not ran
+
+
 def test_lookup_follows_datasets_to_the_source_document(tmp_path):
     """Text files in a dataset, its augmented copy, and a copy of that: every key leads to the file it began in."""
     folder = texts(tmp_path / "in", 6)
