@@ -11,6 +11,7 @@
 A version's files are hard links into the cache where the file system has them. Versions are numbered; the last one counts.
 """
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -117,7 +118,7 @@ def write_version(directory, config, inputs, funnel, outputs, notes):
         "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
         "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
-        "passed_over": dict(zip(_guarded(inputs["passed_over"], config.steps), inputs["passed_over"].values(), strict=True)),
+        "passed_over": dict(_guarded_counts(inputs["passed_over"], config.steps)),
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)
@@ -348,6 +349,13 @@ def _write(directory, objects, number, manifest, files):
     except OSError as error:
         raise DataError(f"{folder} could not be written ({error.strerror}): make room, or name another --workdir.") from error
     return Version(folder, manifest)
+
+
+def _guarded_counts(counts, steps):
+    guarded = collections.Counter()
+    for message, count in zip(_guarded(counts, steps), counts.values(), strict=True):
+        guarded[message] += count
+    return guarded
 
 
 def _guarded(messages, steps):

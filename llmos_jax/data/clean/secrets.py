@@ -55,8 +55,8 @@ _KNOWN = {
 }
 _PRIVATE_KEY = "-----BEGIN "
 _BEGIN = re.compile(r"-----BEGIN ([A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?)-----")
-# What tells a key from its mention; the lines of one without an end.
-_KEY_BODY = re.compile(r"[0-9A-Za-z+/]{24,}+")
+# What tells a key from its mention: a line by lot, or between both marks nothing but lines. The lines of one without an end.
+_KEY_BODY, _SHORT_BODY = re.compile(r"[0-9A-Za-z+/]{24,}+"), re.compile(r"[0-9A-Za-z+/=\r\n\t\"',\\]{6,300}")
 _KEY_LINES = re.compile(
     r"(?:\s?[A-Z][\w-]{2,20}: [^\n]{1,100}|[\s\"'+,\\]{1,12}+(?:n(?=\S{20}))?[0-9A-Za-z+/=]{20,}+){0,400}+", re.ASCII
 )
@@ -184,7 +184,7 @@ def _private_keys(text):
         end_mark = f"-----END {match[1]}-----"
         end = text.find(end_mark, place, place + _LONGEST_KEY)
         body = _KEY_BODY.finditer(text, place, min(end, place + _BEFORE_BODY) if end >= 0 else place + _BEFORE_BODY)
-        if any(is_random(part[0]) for part in body):
+        if any(is_random(part[0]) for part in body) or (end >= 0 and _SHORT_BODY.fullmatch(text, place, end)):
             place = end + len(end_mark) if end >= 0 else _KEY_LINES.match(text, place).end()
             yield match.start(), place, "secret"
 

@@ -97,6 +97,8 @@ def test_every_national_id(name):
         ("(password SHA256)", "SHA256", None),
         (f"cut off: {_KEY}{_LINES}\nnext", f"{_KEY}{_LINES}", "secret"),
         (f"as '{_KEY}\\n{_LINES[-60:]}' in JSON", f"{_KEY}\\n{_LINES[-60:]}", "secret"),
+        (f"{_KEY}\\nMIIEpA\\n{_KEY.replace('BEGIN', 'END')}", f"{_KEY}\\nMIIEpA\\n{_KEY.replace('BEGIN', 'END')}", "secret"),
+        (f'a = "{_KEY}"\nb = b"{_KEY.replace("BEGIN", "END")}"', f'{_KEY}"\nb = b"{_KEY.replace("BEGIN", "END")}', None),
         (f'files with "{_KEY}", must be converted first, as all of us know by now', _KEY, None),
     ],
 )
