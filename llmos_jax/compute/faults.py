@@ -10,16 +10,17 @@ import time
 from llmos_jax.errors import ConfigError
 
 VARIABLE = "LLMOS_FAULT"
-KINDS = ("kill", "sigterm", "freeze", "stuck")
-_FORM = re.compile(r"(?P<kind>\w+):p(?P<process>\d+):(?P<when>step|save)(?P<step>\d+)")
+KINDS = ("kill", "sigterm", "freeze", "stuck", "error")
+_FORM = re.compile(r"(?P<kind>\w+):p(?P<process>\d+):(?P<when>step|save|end)(?P<step>\d+)")
 
 
 class Faults:
     """Faults of this process, from text such as `kill:p1:step12,kill:p0:save20,sigterm:p0:step40`.
 
-    kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP) and stuck (sleeps for ever) strike process `pN`: `stepN` before it
-    dispatches the step, `saveN` as soon as the step's unfinished checkpoint is seen. Each strikes once per run directory: a
-    marker file tells the process that is started next.
+    kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP), stuck (sleeps for ever) and error (an OSError) strike process `pN`:
+    `stepN` before it dispatches the step, `saveN` as soon as the step's unfinished checkpoint is seen, `endN` before the last
+    evaluation of a run that ends at the step. Each strikes once per run directory: a marker file tells the process that is
+    started next.
     """
 
     def __init__(self, directory, process, text=None):
@@ -29,16 +30,16 @@ class Faults:
             found = _FORM.fullmatch(item.strip())
             if not found or found["kind"] not in KINDS:
                 raise ConfigError(
-                    f"{VARIABLE}={item!r} must be KIND:pPROCESS:stepSTEP (or saveSTEP), with KIND one of {', '.join(KINDS)}."
+                    f"{VARIABLE}={item!r} must be KIND:pPROCESS:stepSTEP (saveSTEP, endSTEP), KIND one of {', '.join(KINDS)}."
                 )
             if int(found["process"]) == process:
-                self._waiting[int(found["step"])] = (found["kind"], found["when"], item.strip())
+                self._waiting[int(found["step"]), found["when"] == "end"] = (found["kind"], found["when"], item.strip())
 
-    def strike(self, step):
-        """Does what is planned before `step` is dispatched, or for the save after it, if anything is."""
-        if step not in self._waiting:
+    def strike(self, step, is_end=False):
+        """Does what is planned before `step` is dispatched, or for the save after it, or after the last, if anything is."""
+        if (step, is_end) not in self._waiting:
             return
-        kind, when, name = self._waiting.pop(step)
+        kind, when, name = self._waiting.pop((step, is_end))
         if when == "save":
             threading.Thread(target=self._strike_in_save, args=(step, kind, name), daemon=True).start()
         else:
@@ -54,6 +55,8 @@ class Faults:
             (self._directory / f"fault-{name.replace(':', '-')}").touch(exist_ok=False)
         except FileExistsError:
             return  # it has struck an earlier process of this run
+        if kind == "error":
+            raise OSError(f"a fault on purpose: {name}")
         if kind == "stuck":
             while True:
                 time.sleep(60)

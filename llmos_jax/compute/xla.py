@@ -73,16 +73,17 @@ def compiler_options(device, overrides=()):
 
 
 def compile_lowered(lowered, options):
-    """Returns `lowered` compiled with {name: value} options; ConfigError for one that this compiler doesn't have."""
+    """Returns `lowered` compiled with {name: value} options; ConfigError for one that this compiler doesn't have or take."""
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
-        unknown = re.search(r"No such compile option: '(\w+)'", str(error))
-        if unknown is None:
+        if not re.search(r"No such compile option|While setting option|Failed to parse|[Uu]nknown flag", str(error)):
             raise
+        named = [name for name in options if name in str(error)]
         raise ConfigError(
-            f"the compiler of jaxlib {jax.lib.__version__} has no option {unknown[1]!r}: take it out of "
-            f"train.compiler_options, or, where compute/xla.py asks for it, set train.compiler_options.{unknown[1]}=none."
+            f"the compiler of jaxlib {jax.lib.__version__} refuses an option ({str(error).splitlines()[0]}): change it in "
+            f"train.compiler_options, or, where compute/xla.py asks for it, take it out: train.compiler_options."
+            f"{named[0] if named else 'NAME'}=none."
         ) from None
 
 

@@ -189,7 +189,9 @@ def _train(run, evaluate, sample, initial_params, launched):
             run.clock.came_back(values.pop(READING))
             figures = {name: float(value) for name, value in values.items()}
             if step == entries[-1][0]:
-                meter.update(step, account.totals(), jax.local_devices())
+                # A CPU computes a step while it is dispatched: the time taken is that of all steps so far, read or not.
+                timed = position if run.placement.platform == "cpu" else step
+                meter.update(timed, account.totals(), jax.local_devices())
                 progress.update(step, figures | {"train/loss": mean_loss} | meter.figures() | run.evaluation)
                 figures |= meter.figures() | {"throughput/goodput": account.goodput()}
             writer.write(step, figures)
@@ -263,11 +265,18 @@ def _train(run, evaluate, sample, initial_params, launched):
         flush(pending)
         pending = []
         compare_replicas(True)
+        # An error in what follows must not cost what was trained; but processes save together, and one may fail alone.
+        is_alone = distributed.count() == 1
+        if not is_alone:
+            with account.spend("save_block"):
+                _save(run, state, position)
+                _require_saved(run, position)
         try:
+            faults.strike(position, is_end=True)
             evaluate_state()
             sample_state()
         except Exception as error:
-            if not isinstance(error, Preempted) and not distributed.is_peer_loss(error):  # it must not cost what was trained
+            if is_alone and not isinstance(error, Preempted):
                 _save(run, state, position)
                 _require_saved(run, position)
             raise

@@ -52,6 +52,16 @@ def test_chaos_leaves_no_trace_in_the_curve(chaos, uninterrupted):
     assert not list((directory / "checkpoints").glob("*tmp*"))
 
 
+def test_an_error_of_one_process_at_the_end_costs_no_step(tmp_path):
+    """It fails before the last evaluation, which the other waits in: both leave at once, and what was trained is saved."""
+    done = struck(tmp_path, "error:p1:end6", train__steps=6, checkpoint__every_steps="none")
+    assert done.code == 0 and done.restarts == 1, done.text
+    assert "OSError: a fault on purpose" in done.text and re.search(r"restored step 6\b", done.text)
+    (first, first_code, _), (second, second_code, seconds) = done.ends[:2]
+    assert (first, second, second_code) == (1, 0, 75) and first_code not in (0, 75) and seconds < 60
+    assert list(losses(tmp_path)) == list(range(1, 7))
+
+
 @pytest.mark.slow
 def test_a_worker_killed_while_it_saves_leaves_no_trace_either(uninterrupted, tmp_path):
     """Row R4: process 0, which completes a save, may have had its part already."""
