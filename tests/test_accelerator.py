@@ -20,6 +20,8 @@ from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
 
 PLACEMENT = make_placement(None, jax.devices()[:1])
+# On a CPU the rest of the suite asks the same, and more; here it is only kept from growing old.
+repeated_on_cpu = pytest.mark.slow if PLACEMENT.platform == "cpu" else lambda test: test
 MASKS = {
     "causal": {},
     "window": {"window": 100},
@@ -71,6 +73,7 @@ def test_experts_by_the_platforms_own_product_are_those_of_capacity_for_all():
     np.testing.assert_allclose(output(None), expected, atol=1e-5 * np.abs(expected).max(), rtol=0)
 
 
+@repeated_on_cpu
 def test_a_run_learns_reports_the_device_and_goes_on_where_it_stopped(tmp_path):
     def train(name, steps):
         overrides = [("train.steps", str(steps)), ("optim.schedule", "constant"), ("optim.warmup", "0")]
@@ -90,6 +93,7 @@ def test_a_run_learns_reports_the_device_and_goes_on_where_it_stopped(tmp_path):
         assert whole[-1]["throughput/mfu"] > 0 and whole[-1]["memory/device_peak_bytes"] > 0
 
 
+@repeated_on_cpu
 @pytest.mark.parametrize("family, config", [(gpt, gpt.Config), (llama, functools.partial(llama.Config, kv_heads=2, window=24))])
 def test_the_engine_draws_what_the_whole_model_says(family, config):
     config = config(vocab_size=128, context=128, width=64, layers=2, heads=4, mlp=96, dtype="float32")
@@ -117,6 +121,7 @@ def test_the_engine_draws_what_the_whole_model_says(family, config):
             assert list(tokens) == known[len(prompt) :]
 
 
+@repeated_on_cpu
 def test_cached_logits_in_bfloat16_are_those_of_the_whole_row():
     config = llama.Config(vocab_size=128, context=64, width=64, layers=2, heads=4, kv_heads=2, mlp=96, dtype="bfloat16")
     handle = describe_model(functools.partial(llama.build, config, PLACEMENT), PLACEMENT)
