@@ -412,6 +412,7 @@ def _log_file(path):
     handler = python_logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(python_logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     handler.addFilter(is_worth_reading)
+    handler.handleError = lambda record: None  # on a full disk: what ends the run is said on standard error, too
     logger = logging.get_absl_logger()
     logger.addHandler(handler)
     try:
@@ -422,4 +423,5 @@ def _log_file(path):
         raise
     finally:
         logger.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):
+            handler.close()

@@ -15,6 +15,7 @@ _LONGEST_LINE = 1 << 16
 _HEADERS = 1 << 18
 # Types of records that hold no page of their own.
 _OTHER_TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
+_GZIP = 31  # zlib's window bits for what has the header of gzip
 _BLANK = (b"", b"\r\n", b"\n")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n")
@@ -200,7 +201,7 @@ def _content(body, http, limit):
         body = _joined(body)
     encoding = http.get("content-encoding", "").lower()
     if encoding in ("gzip", "x-gzip") and body.startswith(b"\x1f\x8b"):
-        return _inflate(body, 31, limit)
+        return _inflate(body, _GZIP, limit)
     if encoding == "deflate" and not body.lstrip().startswith(b"<"):
         is_wrapped = len(body) > 1 and body[0] & 15 == 8 and int.from_bytes(body[:2], "big") % 31 == 0
         return _inflate(body, 15 if is_wrapped else -15, limit)
@@ -228,8 +229,15 @@ def _joined(body):
 
 
 def _inflate(data, window_bits, limit):
-    stream = zlib.decompressobj(window_bits)
-    content = stream.decompress(data, 0 if limit is None else limit + 1)
-    if not stream.eof and (limit is None or len(content) <= limit):
-        raise EOFError("it is cut in its compression")
-    return content
+    """Returns the content of all members (gzip may have several), cut behind `limit` bytes."""
+    content, members = b"", data
+    while True:
+        stream = zlib.decompressobj(window_bits)
+        content += stream.decompress(members, 0 if limit is None else max(1, limit + 1 - len(content)))
+        if limit is not None and len(content) > limit:
+            return content
+        if not stream.eof:
+            raise EOFError("it is cut in its compression")
+        members = stream.unused_data
+        if window_bits != _GZIP or not members.startswith(b"\x1f\x8b"):
+            return content

@@ -10,6 +10,7 @@ thresholds are the same thing: only what is not there is done.
 """
 
 import dataclasses
+import pathlib
 import time
 
 from llmos_jax.compute import host
@@ -69,6 +70,7 @@ def prepare_dataset(config, directory, *, log=print):
     naming files and records; after either, and after being killed, the same call goes on.
     """
     start = time.perf_counter()
+    _check_apart(config, directory)
     list_versions(directory)  # what is there must be of this release: said before the work, not after it
     objects = Objects(directory / CACHE)
     objects.remove_leftovers()
@@ -86,6 +88,17 @@ def prepare_dataset(config, directory, *, log=print):
     note_needs(objects, version, runner.used)
     log(f"{version.directory}: ready after {time.perf_counter() - start:.1f} s")
     return version
+
+
+def _check_apart(config, directory):
+    """Raises ConfigError for a dataset folder inside a source: the next run would read what this one wrote."""
+    for source in config.sources:
+        folder = pathlib.Path(source.path)
+        if folder.is_dir() and directory.resolve().is_relative_to(folder.resolve()):
+            raise ConfigError(
+                f"the dataset folder {directory} lies in the source {source.path}, which would be read with all that it "
+                "holds: name a folder beside it (--workdir)."
+            )
 
 
 def make_runner(config, root):

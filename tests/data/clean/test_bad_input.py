@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -113,6 +114,14 @@ def test_settings_that_cannot_work_are_named(tmp_path):
             parse(PrepareConfig, tree)
     with pytest.raises(ConfigError, match="does not exist"):
         prepare_dataset(parse(PrepareConfig, {"sources": [{"path": str(tmp_path / "no")}]}), tmp_path / "out")
+
+
+def test_a_dataset_inside_its_source_is_refused(tmp_path):
+    settings = config(corpus(tmp_path / "in"))
+    folder = pathlib.Path(next(source.path for source in settings.sources if pathlib.Path(source.path).is_dir()))
+    with pytest.raises(ConfigError, match="lies in the source .*name a folder beside it"):
+        prepare_dataset(settings, folder / "deep" / "out", log=quiet)
+    assert not (folder / "deep").exists()
 
 
 def test_no_room_is_named_and_nothing_is_lost(tmp_path):
