@@ -276,10 +276,13 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     from llmos_jax.evaluate.evaluator import make_evaluator
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train import loop, privacy
+    from llmos_jax.train.settings import check_batch
 
     prepare_platform(settings.train)
     distributed.check_count()
     placement = make_placement(settings.mesh)
+    if settings.train.privacy is None:
+        check_batch(settings, placement)  # what can't be cut is said before the data are prepared
     build = functools.partial(
         config.unit("llmos_jax.tasks", settings.task.name).build,
         settings.task,
