@@ -1,8 +1,9 @@
 """Records from files of columns: parquet, and the Arrow streams of Hugging Face dataset folders."""
 
 import contextlib
+import os
 
-from llmos_jax.data.fields import METADATA_CHARACTERS, PassedOver, read_record, too_long, too_much
+from llmos_jax.data.fields import METADATA_CHARACTERS, PassedOver, check_names, read_record, too_long, too_much
 from llmos_jax.data.files import is_remote, missing_extra
 from llmos_jax.errors import DataError
 
@@ -11,6 +12,9 @@ _BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20
 _BUFFER = 1 << 20
 # A character takes four bytes at most.
 _METADATA_BYTES = 4 * METADATA_CHARACTERS
+# What Arrow raises for a value that none of Python's types holds (its own errors of values are ValueErrors): text that is no
+# UTF-8, spans of more than 999,999,999 days.
+_UNHELD = (ValueError, OverflowError)
 
 
 def read_parquet(file, source, limit):
@@ -49,7 +53,7 @@ def read_arrow(file, source, limit):
     """Yields the rows of an Arrow stream, as `datasets.save_to_disk` writes it, or of an Arrow file."""
     pyarrow = _pyarrow(file)
     damage, row = (pyarrow.ArrowException, OSError), 0
-    with contextlib.closing(file.open_raw() if is_remote(file.path) else pyarrow.memory_map(file.path)) as stream:
+    with contextlib.closing(file.open_raw() if is_remote(file.path) else pyarrow.memory_map(os.fsencode(file.path))) as stream:
         try:
             batches = pyarrow.ipc.open_stream(stream)
         except damage:
@@ -97,9 +101,13 @@ def _batch_rows(rows, size_bytes):
 
 
 def _columns(file, schema, text_key):
-    """Returns the names of the columns that are read, and a PassedOver for each that metadata can't hold."""
+    """Returns the names of the columns that are read, and a PassedOver for each that metadata can't hold.
+
+    DataError names a file without the column of texts, or with two columns of one name.
+    """
     if text_key not in schema.names:
         raise DataError(f"{file} has no column {text_key!r} (text_key); it has {', '.join(schema.names)}.")
+    check_names(file, schema.names)
     kept = [field.name for field in schema if field.name == text_key or _is_plain(field.type)]
     passed_over = [PassedOver(f"metadata: {f.name[:40]!r} is {str(f.type)[:40]}") for f in schema if f.name not in kept]
     return kept, passed_over
@@ -110,7 +118,8 @@ def _is_plain(kind):
     import pyarrow.types as kinds
 
     if kinds.is_struct(kind):
-        return all(_is_plain(kind.field(number).type) for number in range(kind.num_fields))
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return len({field.name for field in fields}) == len(fields) and all(_is_plain(field.type) for field in fields)
     if kinds.is_list(kind) or kinds.is_large_list(kind) or kinds.is_fixed_size_list(kind) or kinds.is_dictionary(kind):
         return _is_plain(kind.value_type)
     checks = (
@@ -123,6 +132,7 @@ def _is_plain(kind):
 def _rows(file, source, batch, row, limit):
     """Yields the records of a batch whose first row has the number `row`; long values are never made Python's."""
     batch, long_rows, passed_over = _without_long(batch, source.text_key, limit)
+    batch = _with_times_as_text(batch, source.text_key)
     yield from passed_over
     for place, record in enumerate(_records(batch)):
         where = f"{file}, row {row + place}"
@@ -130,6 +140,8 @@ def _rows(file, source, batch, row, limit):
             yield too_long(where, limit)
         elif isinstance(record, UnicodeDecodeError):
             yield DataError(f"{where} holds no valid Unicode: {record}.")
+        elif isinstance(record, Exception):
+            yield DataError(f"{where} holds a value that Python can't: {str(record).splitlines()[0]}.")
         else:
             yield from read_record(record, f":{row + place}", source, where)
 
@@ -157,11 +169,59 @@ def _without_long(batch, text_key, limit):
     return batch, long_rows, passed_over
 
 
+def _with_times_as_text(batch, text_key):
+    """Returns a batch whose dates and times are text, in UTC where they have a zone.
+
+    Python's types hold neither nanoseconds nor years after 9999 nor zones unknown here; Arrow writes out all of them.
+    """
+    import pyarrow
+    import pyarrow.compute as compute
+    import pyarrow.types as kinds
+
+    for number, field in enumerate(batch.schema):
+        in_utc, in_text = _retimed(field.type, "UTC"), _retimed(field.type, None)
+        if field.name == text_key or in_text == field.type:
+            continue
+        try:
+            column = compute.cast(compute.cast(batch.column(number), in_utc), in_text)
+        except pyarrow.ArrowException:  # a rare nesting: what of it Python can't hold is named for its row
+            continue
+        if kinds.is_string(in_text) and not kinds.is_duration(field.type):  # as Python's isoformat has it
+            column = compute.replace_substring_regex(column, r"(\d) (\d)", r"\1T\2")
+            column = compute.replace_substring_regex(column, r"\.(\d*[1-9])?0+(Z?)$", r".\1\2")
+            column = compute.replace_substring_regex(column, r"\.(Z?)$", r"\1")
+        batch = batch.set_column(number, field.name, column)
+    return batch
+
+
+def _retimed(kind, zone):
+    """Returns a type with all times inside it in a zone, or, for no zone, with strings in their place."""
+    import pyarrow
+    import pyarrow.types as kinds
+
+    if kinds.is_struct(kind):
+        fields = [kind.field(number) for number in range(kind.num_fields)]
+        return pyarrow.struct([field.with_type(_retimed(field.type, zone)) for field in fields])
+    if kinds.is_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_retimed(kind.value_type, zone)))
+    if kinds.is_large_list(kind):
+        return pyarrow.large_list(kind.value_field.with_type(_retimed(kind.value_type, zone)))
+    if kinds.is_fixed_size_list(kind):
+        return pyarrow.list_(kind.value_field.with_type(_retimed(kind.value_type, zone)), kind.list_size)
+    if kinds.is_dictionary(kind):
+        inner = _retimed(kind.value_type, zone)
+        return kind if inner == kind.value_type and not kinds.is_temporal(inner) else inner
+    if zone:
+        return pyarrow.timestamp(kind.unit, zone) if kinds.is_timestamp(kind) and kind.tz else kind
+    is_held = kinds.is_duration(kind) and kind.unit != "ns"  # by Python's type for spans
+    return pyarrow.string() if kinds.is_temporal(kind) and not kinds.is_interval(kind) and not is_held else kind
+
+
 def _records(batch):
-    """Returns the rows of a batch as dicts; text that is no UTF-8 as bytes, a row that holds such deeper down as the error."""
+    """Returns the rows of a batch as dicts; text that is no UTF-8 as bytes, a row with what Python can't hold as the error."""
     try:
         return batch.to_pylist()
-    except UnicodeDecodeError:
+    except _UNHELD:
         return [_record(batch, place) for place in range(len(batch))]
 
 
@@ -171,9 +231,9 @@ def _record(batch, place):
         value = column[place]
         try:
             record[name] = value.as_py()
-        except UnicodeDecodeError as error:
+        except _UNHELD as error:
             value = value.value if hasattr(value, "dictionary") else value
-            if not hasattr(value, "as_buffer"):
+            if not (isinstance(error, UnicodeDecodeError) and hasattr(value, "as_buffer")):
                 return error
             record[name] = value.as_buffer().to_pybytes()
     return record

@@ -47,6 +47,13 @@ def read_record(record, key, source, where, metadata=None):
     yield key, text, kept | (metadata or {}) | done
 
 
+def check_names(file, names):
+    """Raises DataError for a file with two columns of one name: no record could hold both."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(f"{file} has {names.count(twice)} columns named {twice[:40]!r}: rename them, so that none is lost.")
+
+
 def too_long(where, limit):
     """Returns the DataError for a record of more than `limit` bytes."""
     return DataError(f"{where} is longer than {limit} bytes (max_document_bytes).")

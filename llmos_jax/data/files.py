@@ -38,7 +38,7 @@ class SourceFile:
     stamp: str
 
     def __str__(self):
-        return self.path
+        return printable(self.path)
 
     @property
     def stem(self):
@@ -199,17 +199,34 @@ def _listed_in(state):
         raise DataError(f"{state} is damaged: {error}.") from None
 
 
+def printable(name):
+    """Returns a path or name as UTF-8 has it: bytes of it that are none, as Linux allows, become escapes such as \\xe9."""
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 def list_local(files, root):
     """Returns the SourceFiles of paths below `root`."""
     listed = []
-    for file in files:
+    for file, key in zip(files, _keys([file.relative_to(root).as_posix() for file in files]), strict=True):
         status = file.stat() if file.exists() else file.lstat()  # of a link to nothing: reading names it
-        # Names that are not UTF-8 are spelled with escapes: keys go into files.
-        key = os.fsencode(file.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
         # The time of the last change of the inode tells of new content under an old time of modification.
         stamp = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_mode:o}"
         listed.append(SourceFile(str(file), key, status.st_size, stamp))
     return listed
+
+
+def _keys(names):
+    """Returns the printable form of each name, as keys go into files; what is another one's already gets a tilde."""
+    shown = [printable(name) for name in names]
+    taken = {key for key, name in zip(shown, names, strict=True) if key == name}
+    keys = []
+    for key, name in zip(shown, names, strict=True):
+        if key != name:
+            while key in taken:
+                key += "~"
+            taken.add(key)
+        keys.append(key)
+    return keys
 
 
 def missing_extra(module, what):
@@ -264,7 +281,7 @@ def _list_remote(url):
     base = _parent(root) if is_file else root.rstrip("/")
     listed = []
     for path in sorted(found):
-        key, info = path.removeprefix(base).lstrip("/"), found[path]
+        key, info = printable(path.removeprefix(base).lstrip("/")), found[path]
         if not _is_hidden(key.split("/")):
             names = ("etag", "ETag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "created")
             stamp = fingerprint([str(info.get(name)) for name in names])

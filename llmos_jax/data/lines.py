@@ -9,7 +9,7 @@ import re
 import sys
 
 from llmos_jax.data.encodings import decode
-from llmos_jax.data.fields import PassedOver, read_record, too_long
+from llmos_jax.data.fields import PassedOver, check_names, read_record, too_long
 from llmos_jax.data.files import DAMAGE
 from llmos_jax.errors import DataError
 
@@ -150,6 +150,7 @@ def read_csv(file, source, limit):
                 if lines.is_long or source.text_key not in names:
                     count = f"its first line has {len(names)} fields, none of that name"
                     raise DataError(f"{file} has no column {source.text_key!r} (text_key): {count}.")
+                check_names(file, names)
             elif row:
                 number += 1
                 yield from _row(file, number, row, names, lines, source, limit)

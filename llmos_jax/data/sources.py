@@ -10,7 +10,7 @@ import sysconfig
 from llmos_jax.config import setting
 from llmos_jax.data.clean.dataset import is_dataset, open_dataset
 from llmos_jax.data.fields import PassedOver
-from llmos_jax.data.files import DATASET, TFDS, SourceFile, list_local, list_path
+from llmos_jax.data.files import DATASET, TFDS, SourceFile, list_local, list_path, printable
 from llmos_jax.data.readers import FORMATS, format_of, read_file
 from llmos_jax.data.tfds_files import list_tfds
 from llmos_jax.errors import ConfigError, DataError
@@ -36,6 +36,8 @@ class SourceConfig:
     def __post_init__(self):
         if not self.path:
             raise ConfigError("the path of a source is empty: name a file, a folder or another source.")
+        if printable(self.path) != self.path:  # settings go into files
+            raise ConfigError(f"the path of a source, {printable(self.path)}, is not UTF-8: rename it, or name what holds it.")
 
 
 def split_paths(text):

@@ -78,6 +78,45 @@ def test_values_of_every_type_that_json_can_hold(path):
     ]  # fmt: skip
 
 
+def test_times_that_python_cannot_hold_are_text(tmp_path):
+    """Nanoseconds, years after 9999 and unknown zones; of what is left, a span of more days than Python counts is named."""
+    kind, far = pyarrow.timestamp, 2**31 - 1
+    columns = {
+        "ns": ([1234567890123456789, 1_500_000_000], kind("ns")),
+        "zone": ([90, 0], kind("s", "Mars/Base")),
+        "known": ([1_500, 0], kind("ms", "Europe/Berlin")),
+        "year": ([10**12, 0], kind("s")),
+        "day": ([far, 10**7], pyarrow.date32()),
+        "clock": ([1, 3_600_000_000_000], pyarrow.time64("ns")),
+        "span": ([5, 7], pyarrow.duration("ns")),
+        "list": ([[1], [2]], pyarrow.list_(kind("ns"))),
+        "inside": ([{"a": [{"b": 3}]}, None], pyarrow.struct([("a", pyarrow.list_(pyarrow.struct([("b", kind("ns", "X"))])))])),
+        "coded": ([1, 1], kind("ns")),
+        "seconds": ([5, 2**62], pyarrow.duration("s")),
+    }
+    table = pyarrow.table({"text": ["a", "b"]} | {name: pyarrow.array(*values) for name, values in columns.items()})
+    place = table.schema.get_field_index("coded")
+    table = table.set_column(place, "coded", table["coded"].dictionary_encode())
+    write(tmp_path / "a.arrow", pyarrow.concat_tables([table, table.slice(0, 1)]))
+    documents, bad = read(tmp_path / "a.arrow")
+    assert [key for key, _, _ in documents] == ["a.arrow:0", "a.arrow:2"] and documents[0][2] == documents[1][2]
+    assert documents[0][2] == {
+        "ns": "2009-02-13T23:31:30.123456789", "zone": "1970-01-01T00:01:30Z", "known": "1970-01-01T00:00:01.5Z",
+        "year": "<value out of range: 1000000000000>", "day": f"<value out of range: {far}>", "clock": "00:00:00.000000001",
+        "span": "5", "list": ["1970-01-01 00:00:00.000000001"],
+        "inside": {"a": [{"b": "1970-01-01 00:00:00.000000003Z"}]}, "coded": "1970-01-01T00:00:00.000000001",
+        "seconds": "0:00:05",
+    }  # fmt: skip
+    assert len(bad) == 1 and f"{tmp_path}/a.arrow, row 1 holds a value that Python can't: " in bad[0]
+
+
+@pytest.mark.parametrize("name", ["text", "title"])
+def test_a_file_with_two_columns_of_one_name_is_named(path, name):
+    write(path, pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["text", "title", name]))
+    documents, bad = read(path)
+    assert not documents and bad == [f"{path} has 2 columns named {name!r}: rename them, so that none is lost."]
+
+
 def test_long_rows_are_named_and_no_others_are_lost(path):
     texts = [f"text {number}" for number in range(3000)]
     texts[5] = texts[2100] = "long " * 3000

@@ -1,12 +1,15 @@
 """Which files a folder gives: behind links, in the folders of other libraries, and in those that can't be listed."""
 
 import json
+import os
 import pathlib
 
 import fsspec
 import pyarrow
 import pytest
 
+from llmos_jax.config import parse
+from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
 from llmos_jax.data.files import list_path
 from llmos_jax.data.sources import SourceConfig, parse_sources, split_paths
 from llmos_jax.errors import ConfigError, DataError
@@ -37,6 +40,31 @@ def test_links_to_folders_are_followed_once(tmp_path):
     assert keys == ["a.txt", "books/d.txt", "books/inner/e.txt", "gone", "one.txt", "real/b.txt", "real/deep/c.txt"]
     documents, bad = read(root)
     assert len(documents) == 6 and len(bad) == 1 and "gone can't be read: No such file" in bad[0]
+
+
+def test_names_that_are_no_utf8_are_escaped_and_no_two_are_one(tmp_path):
+    """Linux allows any bytes; one of the names is what another one's escapes spell."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    arrow_file = os.fsdecode(b"d\xff.arrow")
+    (folder / arrow_file).write_bytes(arrow(["from arrow"]))
+    for name, text in (
+        (b"caf\xe9.txt", "raw"),
+        (b"caf\\xe9.txt", "spelled"),
+        ("café.txt".encode(), "utf-8"),
+        (b"\xe9.txt", ""),
+    ):
+        (folder / os.fsdecode(name)).write_text(text)
+    documents, bad = read(folder)
+    assert {key: text for key, text, _ in documents} == {
+        "caf\\xe9.txt": "spelled", "caf\\xe9.txt~": "raw", "café.txt": "utf-8", "d\\xff.arrow:0": "from arrow",
+    }  # fmt: skip
+    assert bad == [f"{folder}/\\xe9.txt is empty."]
+    version = prepare_dataset(parse(PrepareConfig, {"sources": [{"path": str(folder)}], "steps": []}), tmp_path / "out")
+    assert sorted(row["text"] for row in version.iterate()) == ["from arrow", "raw", "spelled", "utf-8"]
+    assert version.manifest["bad"]["messages"] == bad
+    with pytest.raises(ConfigError, match=r"b\\xe9, is not UTF-8: rename it"):
+        SourceConfig(path="b\udce9")
 
 
 def test_a_plus_stands_between_paths_or_is_escaped(tmp_path, monkeypatch):

@@ -92,6 +92,12 @@ def test_csv_in_another_encoding(tmp_path):
     assert [text for _, text, _ in read(tmp_path / "a.csv")[0]] == ["one", "two"]
 
 
+def test_a_csv_file_with_two_columns_of_one_name_is_named(tmp_path):
+    (tmp_path / "a.csv").write_text("id,text,text\n1,a,b\n")
+    documents, bad = read(tmp_path / "a.csv")
+    assert not documents and bad == [f"{tmp_path}/a.csv has 2 columns named 'text': rename them, so that none is lost."]
+
+
 def test_rows_of_another_width_than_the_first_are_bad(tmp_path):
     (tmp_path / "a.csv").write_text("id,text\n1,Hello, world, this is the rest\n2,plain\n3\n\n4,last\n")
     documents, bad = read(tmp_path / "a.csv")

@@ -152,7 +152,7 @@ def _read(config, objects, runner, log):
     if not shards:
         raise DataError(f"no source holds any text: {', '.join(source.path for source in config.sources)}.")
     rows = [
-        [names[number], file.key, file.path, file.size_bytes, content]
+        [names[number], file.key, str(file), file.size_bytes, content]
         for (number, group), contents in zip(groups, hashes, strict=True)
         for file, content in zip(group, contents, strict=True)
     ]
