@@ -11,7 +11,6 @@
 A version's files are hard links into the cache where the file system has them. Versions are numbered; the last one counts.
 """
 
-import collections
 import dataclasses
 import hashlib
 import json
@@ -88,8 +87,8 @@ def read_verified(path, sha256, columns=None):
 def write_version(directory, config, inputs, funnel, outputs, notes):
     """Makes a version of what came out of all shards, or returns the newest one when it is the same, and mends that.
 
-    inputs, funnel, outputs: of `pipeline`, outputs with the hashes that were taken when they were written. notes: {step: what
-    it says of its inputs}.
+    inputs, funnel, outputs: of `pipeline`, inputs with messages that may be written, outputs with the hashes that were taken
+    when they were written. notes: {step: what it says of its inputs}.
     """
     objects = Objects(directory / "cache")
     files = {kind: [] for kind in (*KINDS, *INDEXES.values())}
@@ -117,8 +116,8 @@ def write_version(directory, config, inputs, funnel, outputs, notes):
         "funnel": funnel,
         "notes": notes,
         "files": {kind: [entry for _, entry in entries] for kind, entries in files.items()},
-        "bad": {"count": inputs["bad_count"], "messages": _guarded(inputs["bad"], config.steps)},
-        "passed_over": dict(_guarded_counts(inputs["passed_over"], config.steps)),
+        "bad": {"count": inputs["bad_count"], "messages": inputs["bad"]},
+        "passed_over": inputs["passed_over"],
         "content": fingerprint([[entry["sha256"] for _, entry in files[kind]] for kind in KINDS]),
     }
     known = list_versions(directory)
@@ -349,21 +348,6 @@ def _write(directory, objects, number, manifest, files):
     except OSError as error:
         raise DataError(f"{folder} could not be written ({error.strerror}): make room, or name another --workdir.") from error
     return Version(folder, manifest)
-
-
-def _guarded_counts(counts, steps):
-    guarded = collections.Counter()
-    for message, count in zip(_guarded(counts, steps), counts.values(), strict=True):
-        guarded[message] += count
-    return guarded
-
-
-def _guarded(messages, steps):
-    """Returns messages, which may quote what was read, without what steps `protect`."""
-    for step in steps:
-        if getattr(step, "protect", None):
-            messages = step.protect(list(messages))
-    return messages
 
 
 def _link(source, target):

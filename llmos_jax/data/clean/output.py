@@ -1,8 +1,10 @@
 """What comes out of a shard: its clean documents, the removed ones with their reasons, and what was cut out of texts."""
 
 import bisect
+import functools
 import hashlib
 import json
+import re
 
 import numpy as np
 
@@ -14,7 +16,11 @@ _INTERNAL = ("covered", "is_blank", "utf8_bytes")
 KINDS = ("documents", "removed", "cut")
 # Beside a file of documents: where each key stands, so that one is found without reading all files.
 INDEXES = {"documents": "index", "removed": "removed-index"}
-VERSION = 4
+VERSION = 5
+# Numbers of six digits and more are looked at, as floats up to where these no longer hold each whole number of an account.
+_SHORTEST, _LONGEST = 10**5, 10**20
+# Between words of a field's name that nothing else parts; and how much of the names above a value counts for it.
+_WORD_BEGINS, _LONGEST_NAME = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Za-z])(?=[0-9])"), 80
 _PLACE = np.dtype([("hash", np.uint64), ("row", np.uint32)])
 
 
@@ -89,46 +95,70 @@ def _protect(protect, documents, is_removed, cuts, found):
     """Applies `protect` to what no step saw it in: removed documents, cuts of other steps, metadata, and attributes of text."""
     removed = [documents.texts[place] for place in np.flatnonzero(is_removed)]
     attributes = [values for arrays in found.values() for values in arrays.values() if values.dtype.kind == "U"]
-    strings = {
-        *removed,
-        *cuts["removed"],
-        *_strings(documents.metadata),
-        *(v for values in attributes for v in values.tolist()),
-    }
-    clean = dict(zip(strings, protect(list(strings)), strict=True))
+    texts = (removed, cuts["removed"], *(values.tolist() for values in attributes))
+    named = dict.fromkeys(("", text) for column in texts for text in column)
+    for item in documents.metadata:
+        named.update(dict.fromkeys(_named_texts(item)))
+    names, values = zip(*named, strict=True) if named else ((), ())
+    clean = dict(zip(named, protect(list(values), list(names)), strict=True))
     for place, text in zip(np.flatnonzero(is_removed), removed, strict=True):
-        documents.texts[place] = clean[text]
-    cuts["removed"] = [clean[text] for text in cuts["removed"]]
+        documents.texts[place] = clean["", text]
+    cuts["removed"] = [clean["", text] for text in cuts["removed"]]
     documents.metadata = [_replaced(item, clean) for item in documents.metadata]
     for arrays in found.values():
         for name, values in arrays.items():
             if values.dtype.kind == "U":
-                arrays[name] = np.array([clean[value] for value in values.tolist()], np.str_)
+                arrays[name] = np.array([clean["", value] for value in values.tolist()], np.str_)
 
 
-def _strings(item):
-    """Yields all strings of metadata, names of fields too: of a table without a header the first record names them."""
+def _named_texts(item, name=""):
+    """Yields (names above it, text) of all that metadata hold, names of fields too: of a table without a header the first
+    record names them."""
     if isinstance(item, dict):
-        item = [*item, *item.values()]
-    if isinstance(item, list):
+        for key, value in item.items():
+            yield name, key
+            yield from _named_texts(value, _name_within(name, key))
+    elif isinstance(item, list):
         for value in item:
-            yield from _strings(value)
-    elif isinstance(item, str):
-        yield item
+            yield from _named_texts(value, _name_of_one(name))
+    elif (text := _as_text(item)) is not None:
+        yield name, text
 
 
-def _replaced(item, clean):
+def _replaced(item, clean, name=""):
+    """Returns metadata with `clean` {(names above, text): text} in the place of each text, and of numbers that it changes."""
     if isinstance(item, list):
-        return [_replaced(value, clean) for value in item]
+        return [_replaced(value, clean, _name_of_one(name)) for value in item]
     if not isinstance(item, dict):
-        return clean[item] if isinstance(item, str) else item
+        text = _as_text(item)
+        return item if text is None or clean[name, text] == text else clean[name, text]
     replaced = {}
     for key, value in item.items():
-        name = clean[key]
-        while name in replaced:
-            name += "_"
-        replaced[name] = _replaced(value, clean)
+        new = clean[name, key]
+        while new in replaced:
+            new += "_"
+        replaced[new] = _replaced(value, clean, _name_within(name, key))
     return replaced
+
+
+def _as_text(item):
+    """Returns a string, or the decimal digits of a number that is long enough to be somebody's; of all else None."""
+    if isinstance(item, str):
+        return item
+    if isinstance(item, bool) or not isinstance(item, int | float) or not _SHORTEST <= abs(item) < _LONGEST:
+        return None
+    return format(item, ".0f") if isinstance(item, float) and item.is_integer() else str(item)
+
+
+@functools.lru_cache(maxsize=4096)
+def _name_within(name, key):
+    """Returns the name of a field with those above it, its words apart: homePhone2 in contact is contact_home_Phone_2."""
+    return f"{name}_{_WORD_BEGINS.sub('_', key[-_LONGEST_NAME:])}".lstrip("_")[-_LONGEST_NAME:]
+
+
+def _name_of_one(name):
+    """Returns the name of one of a list: of phones a phone."""
+    return name.removesuffix("s")
 
 
 def _columns(documents, source, files, chosen):

@@ -82,14 +82,25 @@ class Pii(Transform):
         for number, (text, found) in enumerate(zip(documents.texts, scan.find_all(documents.texts), strict=True)):
             for finding in found:
                 counts[finding.name][number] += 1
-            texts.append(scan.replace(text, found) if found else text)
+            texts.append(scan.replace(text, found))
             removed.append("\n".join(f"{f.kind}: {masked(text[f.start : f.end], f.name)}" for f in found) or None)
         return texts, {f"pii_{name}": values for name, values in counts.items()}, removed
 
-    def protect(self, texts):
-        """Returns texts without personal data: of documents removed before their turn came, of metadata, of messages."""
+    def protect(self, texts, names=None):
+        """Returns texts without personal data: of documents removed before their turn came, of metadata, of messages.
+
+        names: of each text the name of its field, or "": a number behind "phone" is one where it is none by itself.
+        """
         scan = scanner(self)
-        return [scan.replace(text, found) if found else text for text, found in zip(texts, scan.find_all(texts), strict=True)]
+        before = [f"{name}: " if name else "" for name in names or [""] * len(texts)]
+        found = scan.find_all([name + text for name, text in zip(before, texts, strict=True)])
+        return [scan.replace(*_behind(*each)) for each in zip(before, texts, found, strict=True)]
+
+
+def _behind(name, text, findings):
+    """Returns (text, what was found in it) for findings in `name` + `text`."""
+    start = len(name)
+    return text, [f._replace(start=max(0, f.start - start), end=f.end - start) for f in findings if f.end > start]
 
 
 @functools.lru_cache(maxsize=8)
@@ -155,7 +166,9 @@ class Scanner:
         return joined
 
     def replace(self, text, findings):
-        """Returns `text` with every finding replaced by its label or its pseudonym."""
+        """Returns `text` with every finding replaced by its label or its pseudonym; without any the same object."""
+        if not findings:
+            return text
         parts, place = [], 0
         for finding in findings:
             parts += [text[place : finding.start], self._stand_in(finding.name, text[finding.start : finding.end])]

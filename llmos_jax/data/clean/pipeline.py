@@ -9,6 +9,8 @@ Every task's result is kept under a name that tells its inputs, so that going on
 thresholds are the same thing: only what is not there is done.
 """
 
+import collections
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -135,13 +137,15 @@ def _read(config, objects, runner, log):
         read_task(config.sources[number], names[number], group, contents, config)
         for (number, group), contents in zip(groups, hashes, strict=True)
     ]
-    results = runner.run(tasks, "reading")
-    bad, messages = check_bad(results, config)
+    with _guarded_errors(config.steps):
+        results = runner.run(tasks, "reading")
+        bad, messages = check_bad(results, config)
+    messages = _guarded(messages, config.steps)
     for message in messages[:3]:
         log(f"left out: {message}")
     if bad:
         log(f"{bad} files or records were bad and are left out (the manifest names them).")
-    passed_over = count_passed_over(results)
+    passed_over = _guarded_counts(count_passed_over(results), config.steps)
     for reason, count in passed_over.items():
         log(f"passed over: {count:,} {reason}")
     shards = shards_of(results, [number for number, _ in groups])
@@ -153,6 +157,33 @@ def _read(config, objects, runner, log):
         for file, content in zip(group, contents, strict=True)
     ]
     return shards, names, {"names": names, "files": rows, "bad": messages, "bad_count": bad, "passed_over": passed_over}
+
+
+def _guarded(messages, steps):
+    """Returns messages, which may quote what was read, without what steps `protect`: log and manifest are files, too."""
+    for step in steps:
+        if getattr(step, "protect", None):
+            messages = step.protect(list(messages))
+    return messages
+
+
+def _guarded_counts(counts, steps):
+    guarded = collections.Counter()
+    for message, count in zip(_guarded(counts, steps), counts.values(), strict=True):
+        guarded[message] += count
+    return dict(guarded)
+
+
+@contextlib.contextmanager
+def _guarded_errors(steps):
+    """Guards the message of a DataError, which ends the log; what led to it quotes what was read as well, and is left out."""
+    try:
+        yield
+    except DataError as error:
+        if not any(getattr(step, "protect", None) for step in steps):
+            raise
+        (message,) = _guarded([str(error)], steps)
+        raise DataError(message) from None
 
 
 def _stages(steps):

@@ -105,13 +105,17 @@ _STAND_IN = re.compile(
     r"|[_-]here\b|process\.env|os\.environ|getenv",
     re.IGNORECASE,
 )
-_NO_WORDS = re.compile(
-    r"(?:my|your|the|some|user|db|new|old|test|api|auth|access|super|secret|password|passwort|passwd|passphrase|pwd|pass|token|key|value"
-    r"|none|null|nil|undefined|true|false|string|str|text|bytes|int|required|optional|default|empty|hidden|not|real|foo|bar|baz|abc|todo"
-    r"|name|file|username|varchar|here|it|me|is|input|prompt|confirm|repeat|credentials?|secrets?|passwords?|tokens?|keys?|client|private"
-    r"|sha|md|hmac|base|bits?|rfc|utf|aes|pbkdf|b?crypt)+",
-    re.IGNORECASE,
+# Letters that are nothing but these say no secret. Joined words can be split in many ways: `_is_of_no_words` tries each once.
+_NO_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "my your the some user db new old test api auth access super secret secrets password passwords passwort passwd"
+        " passphrase pwd pass token tokens key keys value none null nil undefined true false string str text bytes int required"
+        " optional default empty hidden not real foo bar baz abc todo name file username varchar here it me is input prompt"
+        " confirm repeat credential credentials client private sha md hmac base bit bits rfc utf aes pbkdf crypt bcrypt",
+    )
 )
+_NO_WORD_LENGTHS = tuple(sorted({len(word) for word in _NO_WORDS}))
 # Calls, subscripts, references; attributes, which seldom end in a year or another number of four digits.
 _ATTRIBUTE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?<!\d{4})[;,)]*\Z"
 _CODE = re.compile(
@@ -288,7 +292,16 @@ def _is_stand_in(value):
     if _STAND_IN.search(value):
         return True
     letters = re.sub(r"[\W\d_]", "", value)
-    return not letters or bool(_NO_WORDS.fullmatch(letters))
+    return not letters or _is_of_no_words(letters.lower())
+
+
+def _is_of_no_words(letters):
+    """Whether letters are words of `_NO_WORDS` joined: in one pass over the places where one of them may begin."""
+    begins = {0}
+    for place in range(len(letters)):
+        if place in begins:
+            begins.update(place + length for length in _NO_WORD_LENGTHS if letters[place : place + length] in _NO_WORDS)
+    return len(letters) in begins
 
 
 def _is_literal(value, is_for_people, sign):

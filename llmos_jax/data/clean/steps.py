@@ -124,7 +124,9 @@ class Filter(Step, abc.ABC):
 class Transform(Step, abc.ABC):
     """A step that changes texts. A text that becomes blank is removed for the reason `emptied`."""
 
-    protect = None  # or `protect(texts)`: what of texts may be in any file of the dataset, be it removed text or metadata
+    # Or `protect(texts, names=None)`: what of texts, in fields of these names, may be in any file of the dataset, be it
+    # removed text or metadata.
+    protect = None
 
     @abc.abstractmethod
     def transform(self, documents, findings=None):

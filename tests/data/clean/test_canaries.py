@@ -1,5 +1,6 @@
 """Planted personal data: none of it may be in any file of a prepared dataset, wherever its document went."""
 
+import contextlib
 import json
 import pathlib
 
@@ -7,11 +8,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
+from llmos_jax import api
 from llmos_jax.config import parse
 from llmos_jax.data.clean import pii_audit
 from llmos_jax.data.clean.dataset import collect_garbage, open_dataset
 from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
-from llmos_jax.errors import ConfigError
+from llmos_jax.errors import ConfigError, DataError
 from llmos_jax.evaluate.dataset_report import write_dataset_report
 from tests.data.clean import pii_corpus
 
@@ -107,6 +109,67 @@ def test_no_planted_datum_survives_where_records_are_bad_or_name_fields(tmp_path
         assert found >= expected if expected else not found
     names = sorted(sorted(json.loads(row["metadata"])) for row in version.iterate())
     assert names == [["[CREDIT_CARD]"], ["[EMAIL]", "[EMAIL]_"]]
+
+
+def prepared(tmp_path, metadata, **settings):
+    """The metadata of a document after preparation, and the folder of its version."""
+    file = tmp_path / "one.jsonl"
+    file.write_text(json.dumps({"text": FILLER} | metadata) + "\n")
+    config = parse(PrepareConfig, {"sources": [{"path": str(file)}], "steps": [{"step": "pii"}], "workers": 1} | settings)
+    prepare_dataset(config, tmp_path / "prepared", log=lambda line: None)
+    version = open_dataset(tmp_path / "prepared")
+    (row,) = version.iterate()
+    return json.loads(row["metadata"]), version.directory
+
+
+def test_metadata_are_read_with_the_names_of_their_fields_and_numbers_as_digits(tmp_path):
+    data = {
+        "card": (4111111111111111, "[CREDIT_CARD]"),
+        "card_of_float": (4111111111111111.0, "[CREDIT_CARD]"),
+        "tel": (14155552671, "[PHONE]"),
+        "phone": ("4155552671", "[PHONE]"),
+        "ssn": ("123456789", "[NATIONAL_ID]"),
+        "password": ("hR7$kk29!pQx", "[SECRET]"),
+        "api_key": ("9f8a7b6c5d4e3f2a1b0c9d8e", "[SECRET]"),
+        "user": ({"homePhone2": 4155552671, "phones": [["4155552672"]]}, {"homePhone2": "[PHONE]", "phones": [["[PHONE]"]]}),
+        "phones": ({"4155552673": True}, {"4155552673": True}),
+        "mobile": ({"4155552674": {"of": "me"}}, {"[PHONE]": {"of": "me"}}),
+        "id12": ("DE89370400440532013000", "[IBAN]"),
+        "bob@corp-mail.org": ("eve@corp-mail.org", "[EMAIL]"),
+    }
+    others = {
+        "number": 4155552671,
+        "is_new": True,
+        "score": 0.9876543210123,
+        "size": 1e300,
+        "year": 2024,
+        "n": -7,
+    }
+    cleaned, folder = prepared(tmp_path, {name: value for name, (value, _) in data.items()} | others)
+    expected = {name: value for name, (_, value) in data.items()} | others
+    expected["[EMAIL]"] = expected.pop("bob@corp-mail.org")
+    assert cleaned == expected
+    assert not survivors(folder, ["4111111111111111", "14155552671", "123456789", "hR7$kk29!pQx", "corp-mail", "DE89"])
+
+
+@pytest.mark.parametrize("on_corrupt", ["skip", "error"])
+def test_the_log_holds_no_planted_datum(tmp_path, on_corrupt, caplog):
+    """Messages about bad records quote names of fields; so does the error that ends the run, with its trace."""
+    data = ["bob@corp-mail.org", "+41 44 668 18 00"]
+    caplog.set_level("INFO", logger="absl")
+    file = tmp_path / "bad.jsonl"
+    records = [{"text": FILLER, data[0]: "x" * 5000}, {data[0]: "no text", data[1]: 2}]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = {"sources": [{"path": str(file)}], "workers": 1, "on_corrupt": on_corrupt}
+    for steps, expected in ([], data), ([{"step": "pii"}], []):
+        folder = tmp_path / f"prepared-{len(steps)}"
+        ends = pytest.raises(DataError) if on_corrupt == "error" else contextlib.nullcontext()
+        with ends as error:
+            api.run_preparation(parse(PrepareConfig, config | {"steps": steps}), folder)
+        log = (folder / "log.txt").read_text()
+        assert "bad.jsonl" in log and [datum for datum in data if datum in log] == expected
+        if error:
+            assert [datum for datum in data if datum in str(error.value)] == expected
 
 
 def test_without_the_step_they_are_all_there(planted, tmp_path):

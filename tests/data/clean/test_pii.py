@@ -216,7 +216,8 @@ HOSTILE = (
     "0 ", "01234 ", "tel 0 tel 1 ", "AB12 ", "GB12 ABCD 1234 ", "A", "ABCDE1234 ", "-----BEGIN RSA PRIVATE KEY-----\n",
     "eyJ-", "-eyJaaaaaaaaa.", "api_key='", "token:", "secret   ", "://a:", "[at]", "a [at] b ", "1 A ", "12 Aaaa Bbbb ",
     "Straße 1 ", "A-a ", "Via ", "Via de la ", "1 rue ", " ", "\n", "bsn 123456 ", "İ", "bearer ", "4111 1111 1111 ",
-    "2024-01-15 ", '"@', "\ud800", "1---", "a@xn--", "@a.b.",
+    "2024-01-15 ", '"@', "\ud800", "1---", "a@xn--", "@a.b.", "token=key=", "tokenkey", "password=passwords",
+    "a dot ", "a at b dot ", "authorization:", "mysql -p", "curl -u a", "{{ a", "A-A-Straße 1 ",
 )  # fmt: skip
 
 
@@ -227,3 +228,24 @@ def test_hostile_texts_take_linear_time(piece):
     text = piece * (_SIZE // len(piece))
     found = scanner(Pii()).find(text)
     assert all(a.end <= b.start for a, b in zip(found, found[1:], strict=False))
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("piece", ["token=key=", "secrets", "password", "token=", "api_key='passwordsecrets", "key=passwords,"])
+@pytest.mark.parametrize("end", ["x", "'x"])
+def test_words_that_say_no_secret_are_told_in_linear_time(piece, end):
+    """Joined words can be split in many ways: who tries all of them is not back before the limit."""
+    text = "password=" + piece * (20_000 // len(piece)) + end
+    assert all(f.name == "secret" for f in scanner(Pii()).find(text))
+
+
+@pytest.mark.parametrize("value", ["mysecretpassword", "TOKENKEYS", "bcryptpasswordhere", "passwords_secrets"])
+def test_joined_words_are_no_secret_and_with_something_else_they_are(value):
+    assert not find(f'password = "{value}"')
+    assert find(f'password = "{value}Zq7"') == [(f"{value}Zq7", "secret")]
+
+
+@pytest.mark.parametrize("name", ["", "phone", "note"])
+def test_the_name_of_a_field_counts_and_stays_out_of_the_text(name):
+    texts = Pii().protect(["4155552671", "bob@site.org", "nothing", ""], [name, "eve@site.org", name, name])
+    assert texts == ["[PHONE]" if name == "phone" else "4155552671", "[EMAIL]", "nothing", ""]
