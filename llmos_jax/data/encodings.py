@@ -4,7 +4,7 @@ import codecs
 import functools
 import re
 
-from llmos_jax.data.files import missing_extra
+from llmos_jax.data.files import DAMAGE, missing_extra
 from llmos_jax.errors import DataError
 
 _MARKS = (
@@ -23,6 +23,10 @@ _LARGER = {
     "utf-8": "utf-8-sig",
 }
 _MULTIBYTE = ("gb18030", "cp932", "cp949", "big5hkscs", "euc_jp", "iso2022_jp")
+# Sets of Windows that hold letters where those of ISO, which are told apart from them badly, have control characters.
+_WINDOWS = {"iso8859-2": "cp1250", "iso8859-7": "cp1253", "iso8859-9": "cp1254"}
+# Bytes of a file's lines that its encoding is told by.
+_SAMPLE = 1 << 16
 # Characters that a line of UTF-8 must hold beside an encoding of several bytes: few of that are valid UTF-8 by chance.
 _SURE = 4
 _LOST = "\ufffd"
@@ -39,18 +43,51 @@ def has_mark(data):
     return any(data.startswith(mark) for mark, _ in _MARKS)
 
 
-def decode(data, repair, where, charset="utf-8"):
+class LineDecoder:
+    """From the lines of one file to characters: UTF-8 as it stands, all other lines in the one encoding that they look like.
+
+    One line is too short to tell it by. file: SourceFile, read a second time, up to a sample of such lines, when there is one.
+    """
+
+    def __init__(self, file, repair):
+        self._file, self._repair, self._encoding = file, repair, None
+
+    def decode(self, line, where):
+        """Returns (text, metadata) of a line; `decode` says what they are and what is raised."""
+        if self._repair and self._encoding is None and _as_utf8(line) is None:
+            self._encoding = _looks_like(_sample(self._file) or line, where)
+        return decode(line, self._repair, where, looks=self._encoding)
+
+
+def _sample(file):
+    """Returns the first lines of a file that are not UTF-8, joined; of very long ones only what they begin with counts."""
+    lines, size, is_begin = [], 0, True
+    try:
+        with file.open() as stream:
+            while size < _SAMPLE and (line := stream.readline(_SAMPLE)):
+                cut = 3 if len(line) == _SAMPLE else 0  # bytes of a character that goes on
+                if is_begin and _valid_length(line) < len(line) - cut:
+                    lines.append(line)
+                    size += len(line)
+                is_begin = line.endswith(b"\n")
+    except DAMAGE:  # named when its place is read
+        pass
+    return b"".join(lines)
+
+
+def decode(data, repair, where, charset="utf-8", looks=None):
     """Returns (text, metadata) of bytes: in `charset`, or else, if that may be repaired, as their statistics look.
 
-    A file may hold lines of UTF-8 and lines of another encoding. metadata: `repaired_from`, and `lost_characters` where
-    some became U+FFFD. Raises DataError, beginning with `where`, when nothing may be repaired or too many are lost.
+    A file may hold lines of UTF-8 and lines of another encoding. looks: what the bytes look like, where that is known.
+    metadata: `repaired_from`, and `lost_characters` where some became U+FFFD. Raises DataError, beginning with `where`, when
+    nothing may be repaired or too many are lost.
     """
     try:
         return data.decode(_LARGER.get(charset, charset)), {}
     except UnicodeDecodeError as error:
         if not repair:
             raise DataError(f"{where} is not UTF-8 (byte {error.start}): convert it, or set repair of its source.") from None
-    text, encoding, lost = _guess(data, where)
+    text, encoding, lost = _replaced(data, looks) if looks else _guess(data, where)
     if lost * _MOST_LOST > len(text):
         raise DataError(f"{where} looks like {encoding}, but {lost} of {len(text)} characters are not of it: convert it.")
     return text, {"repaired_from": encoding} | ({"lost_characters": lost} if lost else {})
@@ -93,6 +130,8 @@ def _looks_like(data, where):
     if encoding is None:
         letters, accents = (len(re.findall(kind, data)) for kind in (rb"[a-zA-Z]", rb"[\x80-\xff]"))
         return "cp1252" if letters > _FEW_ACCENTS * accents else "utf-8"
+    if encoding in _WINDOWS and re.search(rb"[\x80-\x9f]", data):
+        return _WINDOWS[encoding]
     return _LARGER.get(encoding, encoding)
 
 

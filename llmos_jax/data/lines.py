@@ -8,7 +8,7 @@ import json
 import re
 import sys
 
-from llmos_jax.data.encodings import decode
+from llmos_jax.data.encodings import LineDecoder
 from llmos_jax.data.fields import PassedOver, check_names, read_record, too_long
 from llmos_jax.data.files import DAMAGE
 from llmos_jax.errors import DataError
@@ -21,7 +21,7 @@ _SURE = 10
 
 def read_jsonl(file, source, limit):
     """Yields the records of a file with a JSON object in each line."""
-    number, found = 0, False
+    number, found, decoder = 0, False, LineDecoder(file, source.repair)
     with file.open() as stream:
         while True:
             number += 1
@@ -40,12 +40,12 @@ def read_jsonl(file, source, limit):
             if not line.strip():
                 continue
             found = True
-            yield from _json_record(line, source, file, number)
+            yield from _json_record(line, source, file, number, decoder)
     if not found:
         raise DataError(f"{file} is empty.")
 
 
-def _json_record(line, source, file, number):
+def _json_record(line, source, file, number, decoder):
     where, metadata = f"{file}, line {number}", None
     try:
         try:
@@ -53,7 +53,7 @@ def _json_record(line, source, file, number):
         except UnicodeDecodeError:
             if not source.repair:
                 raise
-            text, metadata = decode(line, True, where)
+            text, metadata = decoder.decode(line, where)
             record = json.loads(text)
     except DataError as error:
         return (error,)
@@ -186,7 +186,8 @@ class _Lines:
     """
 
     def __init__(self, file, stream, repair, limit, delimiter):
-        self._file, self._stream, self._repair, self._limit = file, stream, repair, limit
+        self._file, self._stream, self._limit = file, stream, limit
+        self._decoder = LineDecoder(file, repair)
         # Two quotes behind content change nothing of what follows them, inside quotes or not.
         self._content = re.compile(f'[^"{delimiter}\r\n]+(?:""|[^"{delimiter}\r\n]+)*')
         self._runs = re.compile(f"{delimiter}{delimiter}+")
@@ -229,7 +230,7 @@ class _Lines:
         if line.isascii():
             return line
         try:
-            text, metadata = decode(line.encode("latin-1"), self._repair, f"{self._file}, line {self.number}")
+            text, metadata = self._decoder.decode(line.encode("latin-1"), f"{self._file}, line {self.number}")
         except DataError as error:
             self.errors.append(error)
             return line

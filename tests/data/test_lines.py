@@ -92,6 +92,52 @@ def test_csv_in_another_encoding(tmp_path):
     assert [text for _, text, _ in read(tmp_path / "a.csv")[0]] == ["one", "two"]
 
 
+SHORT = {
+    "cp1251": ["Дом стоит на горе", "Новый год", "Кошка спит на диване", "Лес"],
+    "koi8-r": ["Дом стоит на горе", "Новый год", "Кошка спит на диване", "Лес"],
+    "cp1250": ["Příliš žluťoučký kůň", "Dobrý den, jak se máte", "Řeka teče pomalu", "Čtyři děti si hrály", "ťuk"],
+    "iso8859-2": ["Včera jsme navštívili muzeum", "Děti běhají po trávě", "Žáci píšou úkoly ve škole", "Každý večer čtu"],
+    "iso8859-7": ["Καλημέρα σας", "Η Αθήνα είναι πόλη", "Το σπίτι είναι μεγάλο"],
+    "cp1252": ["Größe", "Äpfel und Birnen", "Müller geht über die Straße", "Öl"],
+    "cp932": ["これは本です", "東京は大きい都市です", "猫が好き"],
+    "euc_jp": ["これは本です", "東京は大きい都市です", "猫が好き"],
+    "gb18030": ["你好世界", "今天天气很好，我们去公园散步吧。", "我喜欢读书"],
+    "big5": ["你好世界", "今天天氣很好", "我喜歡讀書"],
+}
+
+
+@pytest.mark.parametrize("encoding", SHORT)
+def test_short_lines_are_of_the_encoding_that_their_file_looks_like(encoding, tmp_path):
+    texts = ["ASCII", *SHORT[encoding]]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts]
+    in_utf8 = json.dumps({"text": "日本語の文章 ü"}, ensure_ascii=False).encode()
+    (tmp_path / "a.jsonl").write_bytes("".join(lines).encode(encoding) + in_utf8)
+    (tmp_path / "b.csv").write_bytes(("id,text\n" + "".join(f'1,"{text}"\n' for text in texts)).encode(encoding))
+    documents, bad = read(tmp_path, repair=True)
+    assert not bad and [text for _, text, _ in documents] == [*texts, "日本語の文章 ü", *texts]
+    assert (
+        "repaired_from" not in documents[0][2]
+        and len({done["repaired_from"] for _, _, done in documents[1 : -len(texts) - 1]}) == 1
+    )
+
+
+def test_a_line_that_is_not_of_its_files_encoding_is_named(tmp_path):
+    rows = [json.dumps({"text": text}, ensure_ascii=False).encode("gb18030") for text in SHORT["gb18030"]]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join([*rows, b'{"text": "\xff\xff\xff"}', rows[0]]))
+    documents, bad = read(tmp_path / "a.jsonl", repair=True)
+    assert [text for _, text, _ in documents] == [*SHORT["gb18030"], SHORT["gb18030"][0]]
+    assert len(bad) == 1 and "a.jsonl, line 4 looks like gb18030, but 3 of" in bad[0]
+
+
+def test_utf8_that_is_cut_at_the_end_of_a_sample_is_no_other_encoding(tmp_path):
+    long = "x" + "字" * 100_000
+    rows = [long, long, *SHORT["cp1251"]]
+    lines = [json.dumps({"text": text}, ensure_ascii=False).encode("utf-8" if text == long else "cp1251") for text in rows]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    documents, bad = read(tmp_path / "a.jsonl", repair=True)
+    assert not bad and [text for _, text, _ in documents] == rows
+
+
 def test_a_csv_file_with_two_columns_of_one_name_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("id,text,text\n1,a,b\n")
     documents, bad = read(tmp_path / "a.csv")
