@@ -1,5 +1,7 @@
 """The fused head and cross-entropy against full logits."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,14 @@ def test_a_chunk_is_cut_from_every_shard_of_the_length():
     hidden, weight, targets, weights = inputs()
     with pytest.raises(ValueError, match="chunk=3 positions can't be cut evenly from 2 shards"):
         head.cross_entropy(hidden, weight, targets, weights, placement=make_placement(MeshConfig(data=4, model=2)), chunk=3)
+
+
+def test_pieces_are_larger_on_a_gpu():
+    def chunk(platform):
+        placement = types.SimpleNamespace(platform=platform, axis_size=lambda axis: 1)
+        return head._default_chunk(32, 1024, 50304, placement)
+
+    assert (chunk("cpu"), chunk("tpu"), chunk("gpu")) == (16, 16, 128)
 
 
 def test_chunk_length_divides_and_fits():
