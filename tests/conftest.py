@@ -1,15 +1,16 @@
 """Every test sees eight virtual CPU devices (or those of $LLMOS_TEST_PLATFORM) and a cache folder of its own session."""
 
 import importlib.metadata
+import importlib.util
 import os
 import tempfile
 
 _PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")  # for tests/test_accelerator.py, on a machine that has one
 os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
 # Most of the suite's time is compilation for eight devices: without LLVM's optimisation and MLIR for each fusion a third of it
-# is left, and products are a library's in any case. Later jaxlibs don't know the last flag, and end where they are given it.
+# is left, and products are a library's in any case. Later jaxlibs and libtpu don't know the last flag, and end where they see it.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
+if importlib.metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None:
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"
 if _PLATFORM == "cpu":
     os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}"

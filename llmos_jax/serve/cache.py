@@ -2,7 +2,8 @@
 
 A program reads what its rows have (the past) once, gathered from pages, keeps the tokens that it adds (the recent ones) beside
 it, and writes only these back: whatever a decoding loop does in between touches neither pool nor past. Both parts are attended
-to at once (`models.attention.attend_cached`).
+to at once (`models.attention.attend_cached`). Where the platform has a kernel that reads pages where they lie, a decoding loop
+gathers nothing: it writes each token into its page and reads that (`models.attention_paged`).
 """
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from llmos_jax.models.attention import attend, attend_cached
+from llmos_jax.models.attention_paged import attend_pages
 
 
 def init_pools(family, config, pages, page_size, dtype, stages):
@@ -66,7 +68,7 @@ def write_tokens(pools, recent, table_BP, past_B, count_B):
     index_BN = position_BN // page_size
     page_BN = jnp.take_along_axis(table_BP, jnp.minimum(index_BN, pages - 1), 1)
     page_BN = jnp.where((step_N < count_B[:, None]) & (index_BN < pages), page_BN, 0)
-    return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(new), pools, recent)
+    return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(_finite(new)), pools, recent)
 
 
 def write_pages(pools, recent, pages_BP):
@@ -74,9 +76,14 @@ def write_pages(pools, recent, pages_BP):
 
     def write(pool, new):
         groups, rows, _, size = new.shape
-        return pool.at[:, pages_BP].set(new.reshape(groups, rows, pages_BP.shape[1], pool.shape[2], size))
+        return pool.at[:, pages_BP].set(_finite(new).reshape(groups, rows, pages_BP.shape[1], pool.shape[2], size))
 
     return jax.tree.map(write, pools, recent)
+
+
+def _finite(new):
+    """Returns what may lie in a page: a kernel weighs what lies behind a row's end with zero, and zero times that must be zero."""
+    return jnp.nan_to_num(new)
 
 
 def read_step(past_B, step):
@@ -89,6 +96,20 @@ def read_step(past_B, step):
             lax.dynamic_update_slice(old, x.astype(old.dtype), (0, 0, step, 0)) for old, x in zip(recent, new, strict=True)
         )
         return attend_cached(query_BLHK, past, recent, past_B, step, **mask), recent
+
+    return read
+
+
+def read_pages(table_BP, past_B, step, is_anybodys_B, placement):
+    """Returns the `read` of `Block.decode` for entries that are a layer's pools: writes one new token of each row, then reads."""
+    length_B = jnp.where(is_anybodys_B, past_B + step + 1, 1)
+
+    def read(pools, query_BLHK, key_BLGK, value_BLGK, *, window, **form):
+        if window is not None:
+            raise ValueError("layers with a window have no kernel that reads pages: `pages_refusal` says so.")
+        recent = tuple(x.transpose(2, 0, 1, 3).astype(pools[0].dtype) for x in (key_BLGK, value_BLGK))
+        (pools,) = write_tokens([pools], [recent], table_BP, past_B + step, is_anybodys_B.astype(jnp.int32))
+        return attend_pages(query_BLHK[:, 0], pools, table_BP, length_B, placement=placement, **form)[:, None], pools
 
     return read
 

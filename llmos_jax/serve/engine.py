@@ -14,6 +14,7 @@ from absl import logging
 
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
+from llmos_jax.models.attention_paged import pages_refusal
 from llmos_jax.serve import cache
 from llmos_jax.serve.draft import Drafter
 from llmos_jax.serve.pages import PagePool
@@ -34,6 +35,11 @@ class EngineConfig:
     cache_bytes: int = setting(2**28, help="of keys and values, all devices together; at least one whole context", at_least=1)
     prefill_tokens: int = setting(512, help="prompt tokens computed between two decoding steps", at_least=1)
     decode_steps: int = setting(8, help="tokens of each row drawn in one dispatch", at_least=1)
+    decode_attention: str = setting(
+        "auto",
+        help="gathered: pages are copied together once a dispatch; paged: a kernel reads them where they lie (GPU, TPU)",
+        choices=("auto", "gathered", "paged"),
+    )
     draft_tokens: int = setting(6, help="tokens proposed from a row's own history and checked in one pass; 0: none", at_least=0)
 
     def __post_init__(self):
@@ -77,9 +83,9 @@ class Engine:
     def __init__(self, handle, family, config, params, *, vocab_size, end_ids=(), settings=None):
         self.settings, self.config, self.handle, self.family = settings or EngineConfig(), config, handle, family
         self.vocab_size, self.end_ids = vocab_size, frozenset(end_ids)
-        self.programs = Programs(handle, family, config, vocab_size, end_ids)
         size, rows = self.settings.page_size, self.settings.rows
         self.dtype = handle.merge(params).dtype
+        self.programs = Programs(handle, family, config, vocab_size, end_ids, self._reads_pages())
         whole = -(-config.context // size)
         affordable = self.settings.cache_bytes // cache.page_bytes(family, config, size, self.dtype)
         self.pool = PagePool(min(max(affordable, whole), rows * whole), size)
@@ -205,6 +211,15 @@ class Engine:
             self._run("prefill", self._chunk_arrays(None, 0, 0, length, 1), has_past=False)
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
+
+    def _reads_pages(self):
+        """Returns whether decoding reads pages by the platform's kernel; ConfigError where it should and can't."""
+        (_, _, _, head_size), _ = self.family.cache_shapes(self.config, 1, self.settings.page_size)
+        given = self.handle.placement, self.dtype, head_size, self.settings.page_size, self.config.windows
+        refusal = pages_refusal(*given)
+        if self.settings.decode_attention == "paged" and refusal is not None:
+            raise ConfigError(f"decode_attention=paged {refusal}; take 'gathered', or 'auto'.")
+        return self.settings.decode_attention != "gathered" and refusal is None
 
     def _salt(self, prompt_length):
         """Returns what keeps rows apart that turn the same positions by different angles."""

@@ -15,12 +15,13 @@ from llmos_jax.serve.stages import Stages
 class Programs:
     """Compiles what it is asked for once per shape; `count` is how many there are.
 
-    rows: a dict of numpy arrays; `row_arrays` has their names and shapes.
+    rows: a dict of numpy arrays; `row_arrays` has their names and shapes. reads_pages: a kernel reads the past where it lies,
+    when tokens are decoded one by one.
     """
 
-    def __init__(self, handle, family, config, vocab_size, end_ids):
+    def __init__(self, handle, family, config, vocab_size, end_ids, reads_pages=False):
         self.handle, self.family, self.config, self.placement = handle, family, config, handle.placement
-        self.vocab_size, self.end_ids = vocab_size, np.array(sorted(end_ids), np.int32)
+        self.vocab_size, self.end_ids, self.reads_pages = vocab_size, np.array(sorted(end_ids), np.int32), reads_pages
         self.stages = Stages(handle.placement, config)
         shardings = self.stages.split_shardings(handle.shardings["stack"]["blocks"])
         self.split = jax.jit(self.stages.split, out_shardings=shardings)
@@ -85,30 +86,34 @@ class Programs:
 
     def _decode(self, weights, pools, rows, steps):
         """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
-        model, past = self.handle.merge(weights[0]), self._gather(pools, rows)
-        sampler, ends_E = self._sampler(model, rows), jnp.asarray(self.end_ids)
+        model, ends_E, is_anybodys_B = self.handle.merge(weights[0]), jnp.asarray(self.end_ids), rows["room"] > 0
+        sampler = self._sampler(model, rows)
+        past = None if self.reads_pages else self._gather(pools, rows)
 
         def advance(state):
-            step, token_B, is_active_B, recent, counts, drawn = state
+            step, token_B, is_active_B, kept, counts, drawn = state
             positions_B1, longest_B1 = self._positions(rows, step, 1)
-            entries, read = list(zip(past, recent, strict=True)), cache.read_step(rows["past"], step)
+            if self.reads_pages:
+                entries = kept
+                read = cache.read_pages(rows["table"], rows["past"], step, is_anybodys_B, self.placement)
+            else:
+                entries, read = list(zip(past, kept, strict=True)), cache.read_step(rows["past"], step)
             layers = self.stages.run(model.stack, weights[1], entries, read)
-            hidden_B1D, recent = model.decode(token_B[:, None], positions_B1, layers, longest_B1)
+            hidden_B1D, kept = model.decode(token_B[:, None], positions_B1, layers, longest_B1)
             logits_BV = self._logits(model, hidden_B1D)[:, 0]
             token_B, logprobs, counts = sampler.draw(logits_BV, rows["index"] + step, counts)
             drawn = jax.tree.map(lambda old, new: old.at[step].set(new), drawn, (token_B, logprobs))
             is_active_B &= (step + 1 < rows["room"]) & ~(token_B[:, None] == ends_E).any(-1)
-            return step + 1, token_B, is_active_B, recent, counts, drawn
+            return step + 1, token_B, is_active_B, kept, counts, drawn
 
         room = functools.partial(cache.init_recent, rows=rows["past"].shape[0], length=steps)
-        recent, token_B = self.stages.each(room, (0,))(pools), rows["tokens"][:, 0]
+        kept = pools if self.reads_pages else self.stages.each(room, (0,))(pools)
         drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
         drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
-        state = (jnp.int32(0), token_B, rows["room"] > 0, recent, sampler.counts, drawn)
+        state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, kept, sampler.counts, drawn)
         state = lax.while_loop(lambda state: (state[0] < steps) & state[2].any(), advance, state)
-        step, _, _, recent, _, drawn = state
-        count_B = jnp.where(rows["room"] > 0, step, 0)
-        return drawn, self._write(pools, recent, rows, count_B)
+        step, _, _, kept, _, drawn = state
+        return drawn, kept if self.reads_pages else self._write(pools, kept, rows, jnp.where(is_anybodys_B, step, 0))
 
     def _verify(self, weights, pools, rows):
         """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""

@@ -16,7 +16,7 @@ from llmos_jax import config as config_lib
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import few_rows, gpt, llama
+from llmos_jax.models import attention_paged, few_rows, gpt, llama
 from llmos_jax.models.rope import RopeConfig
 from llmos_jax.serve.engine import Engine, EngineConfig, _fine_ladder
 from llmos_jax.serve.sample import SamplingConfig
@@ -238,6 +238,31 @@ def test_what_pages_held_before_never_matters(made, expected):
     engine.pool.forget()
     found = engine.generate(*zip(*ASKED[:3], strict=True))
     assert [row[:2] for row in found] == expected[:3]
+
+
+def test_pages_read_where_they_lie_draw_the_same(monkeypatch):
+    """The kernel that GPUs read pages with, interpreted: every request is as if alone, and nobody reads what is not finite."""
+    run = functools.partial(attention_paged._gpu, interpret=True)
+    kernel = dataclasses.replace(attention_paged.KERNELS["gpu"], run=run, dtypes=("float32",))
+    config = dataclasses.replace(LLAMA, heads=2, kv_heads=1, window=None, global_layers=())
+    with pytest.raises(ConfigError, match="decode_attention=paged runs on gpu and tpu, and the devices are cpu"):
+        make(config=config, settings=dataclasses.replace(PAIR, decode_attention="paged"))
+    monkeypatch.setitem(attention_paged.KERNELS, "cpu", kernel)
+    with pytest.raises(ConfigError, match="decode_attention=paged has no sliding window.*of 20; take 'gathered'"):
+        make(settings=dataclasses.replace(PAIR, decode_attention="paged"))
+    engine, params = make(config=config, settings=PAIR)
+    assert engine.programs.reads_pages
+    asked = ASKED[:7]
+    expected = [reference(params, prompt, s, index, config=config) for index, (prompt, s) in enumerate(asked)]
+    assert [row[:2] for row in engine.generate(*zip(*asked, strict=True))] == expected
+    broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
+    engine.load(broken)
+    engine.generate(*zip(*asked[:3], strict=True))
+    pools = engine._pools
+    engine.load(params)
+    engine._pools = pools
+    assert [row[:2] for row in engine.generate(*zip(*asked, strict=True))] == expected
+    assert_empty(engine)
 
 
 def test_log_probabilities_are_the_models_own(made):
