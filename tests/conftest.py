@@ -8,7 +8,7 @@ import tempfile
 _PLATFORM = os.environ.get("LLMOS_TEST_PLATFORM", "cpu")  # for tests/test_accelerator.py, on a machine that has one
 os.environ["JAX_PLATFORMS"] = _PLATFORM if _PLATFORM == "cpu" else f"{_PLATFORM},cpu"
 # Most of the suite's time is compilation for eight devices: without LLVM's optimisation and MLIR for each fusion a third of it
-# is left, and products are a library's in any case. Later jaxlibs and libtpu don't know the last flag, and end where they see it.
+# is left, and products are a library's in any case. Later jaxlibs, and libtpu, end where they see the last flag.
 _FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 if importlib.metadata.version("jaxlib").startswith("0.10.") and importlib.util.find_spec("libtpu") is None:
     _FLAGS += " --xla_cpu_use_fusion_emitters=false"

@@ -82,7 +82,7 @@ def write_pages(pools, recent, pages_BP):
 
 
 def _finite(new):
-    """Returns what may lie in a page: a kernel weighs what lies behind a row's end with zero, and zero times that must be zero."""
+    """Returns what may lie in a page: a kernel weighs what is behind a row's end with zero, and that must be finite."""
     return jnp.nan_to_num(new)
 
 
@@ -101,7 +101,7 @@ def read_step(past_B, step):
 
 
 def read_pages(table_BP, past_B, step, is_anybodys_B, placement):
-    """Returns the `read` of `Block.decode` for entries that are a layer's pools: writes one new token of each row, then reads."""
+    """Returns the `read` of `Block.decode` for entries that are pools: writes one new token of each row, then reads."""
     length_B = jnp.where(is_anybodys_B, past_B + step + 1, 1)
 
     def read(pools, query_BLHK, key_BLGK, value_BLGK, *, window, **form):

@@ -33,7 +33,12 @@ class EngineConfig:
     rows: int = setting(16, help="requests that are decoded together", at_least=1)
     page_size: int = setting(16, help="tokens of a page of the cache", at_least=1)
     cache_bytes: int = setting(2**28, help="of keys and values, all devices together; at least one whole context", at_least=1)
-    prefill_tokens: int = setting(512, help="prompt tokens computed between two decoding steps", at_least=1)
+    prefill_tokens: int = setting(
+        0, help="prompt tokens computed between two decoding steps; 0: 512 on a CPU, 2,048 on accelerators", at_least=0
+    )
+    prefill_rows: int = setting(
+        0, help="prompts computed in one dispatch, if they are short enough; 0: 1 on a CPU, 8 on accelerators", at_least=0
+    )
     decode_steps: int = setting(8, help="tokens of each row drawn in one dispatch", at_least=1)
     decode_attention: str = setting(
         "auto",
@@ -43,8 +48,14 @@ class EngineConfig:
     draft_tokens: int = setting(6, help="tokens proposed from a row's own history and checked in one pass; 0: none", at_least=0)
 
     def __post_init__(self):
-        if self.prefill_tokens < self.page_size:
+        if 0 < self.prefill_tokens < self.page_size:
             raise ConfigError(f"prefill_tokens={self.prefill_tokens} is less than a page of page_size={self.page_size} tokens.")
+
+    def on(self, platform):
+        """Returns these settings with those that go by the platform filled in."""
+        tokens, rows = (512, 1) if platform == "cpu" else (2048, 8)
+        tokens = self.prefill_tokens or max(tokens, self.page_size)
+        return dataclasses.replace(self, prefill_tokens=tokens, prefill_rows=self.prefill_rows or rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +92,8 @@ class Engine:
     """
 
     def __init__(self, handle, family, config, params, *, vocab_size, end_ids=(), settings=None):
-        self.settings, self.config, self.handle, self.family = settings or EngineConfig(), config, handle, family
+        self.settings, self.config = (settings or EngineConfig()).on(handle.placement.platform), config
+        self.handle, self.family = handle, family
         self.vocab_size, self.end_ids = vocab_size, frozenset(end_ids)
         size, rows = self.settings.page_size, self.settings.rows
         self.dtype = handle.merge(params).dtype
@@ -153,9 +165,7 @@ class Engine:
     def step(self):
         """Computes what is next and returns the Events; [] when there is nothing to do."""
         events, self._cancelled = self._cancelled, []
-        self.scheduler.begin_step()
-        while chunk := self.scheduler.next_chunk():
-            self._prefill(*chunk, events)
+        self._prefill_chunks(events)
         rows = self.scheduler.decodable(max(self.settings.decode_steps, self.settings.draft_tokens + 1))
         if rows:
             drafts = self._drafts(rows)
@@ -204,11 +214,11 @@ class Engine:
                 self._run("decode", self._arrays([], rows, 1, pages), steps=self.settings.decode_steps)
             for pages in self._page_ladder if self.settings.draft_tokens else ():
                 self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
-        for pages in self._page_ladder:
-            for length in self._chunk_ladder:
-                self._run("prefill", self._chunk_arrays(None, 0, 0, length, pages), has_past=True)
         for length in self._chunk_ladder:
-            self._run("prefill", self._chunk_arrays(None, 0, 0, length, 1), has_past=False)
+            for rows in {1, self._most_rows(length)}:
+                for pages in self._page_ladder:
+                    self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=True)
+                self._run("prefill", self._chunk_arrays([], rows, length, 1), has_past=False)
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
 
@@ -234,29 +244,51 @@ class Engine:
     def _arrays(self, requests, rows, length, pages):
         return row_arrays(requests, rows, length, pages, pages * self.pool.page_size)
 
-    def _chunk_arrays(self, request, start, stop, length, pages):
+    def _chunk_arrays(self, chunks, rows, length, pages):
         size = self.pool.page_size
-        rows = self._arrays([] if request is None else [request], 1, length, pages)
-        rows["pages"] = np.zeros((1, length // size), np.int32)
-        if request is not None:
-            rows["tokens"][0, : stop - start], rows["count"][0] = request.tokens[start:stop], stop - start
+        arrays = self._arrays([request for request, _, _ in chunks], rows, length, pages)
+        arrays["pages"] = np.zeros((rows, length // size), np.int32)
+        for row, (request, start, stop) in enumerate(chunks):
+            arrays["tokens"][row, : stop - start], arrays["count"][row] = request.tokens[start:stop], stop - start
             written = request.pages[start // size : -(-stop // size)]
-            rows["pages"][0, : len(written)] = written
-        return rows
+            arrays["pages"][row, : len(written)] = written
+        return arrays
 
-    def _prefill(self, request, start, stop, events):
+    def _prefill_chunks(self, events):
+        """Computes what the scheduler lets this step prefill, chunks that are alike in one dispatch."""
+        self.scheduler.begin_step()
+        while True:
+            alike = collections.defaultdict(list)
+            while chunk := self.scheduler.next_chunk():
+                alike[self._prefill_shape(*chunk)].append(chunk)
+            if not alike:
+                return  # else there may be one more, for a request that waited for pages that are filled now
+            for shape, chunks in alike.items():
+                most = self._most_rows(shape[0])
+                for first in range(0, len(chunks), most):
+                    self._prefill(chunks[first : first + most], *shape, events)
+
+    def _prefill_shape(self, request, start, stop):
+        """Returns (length, pages of the past, whether there is one) of the program for a chunk."""
         length = next(length for length in self._chunk_ladder if length >= stop - start)
-        has_past = start > 0
-        pages = self._pages_for(start) if has_past else 1  # history follows the pages
         if request.payload.is_penalised and stop == len(request.tokens):
-            pages, has_past = self._pages_for(stop), True
-        rows = self._chunk_arrays(request, start, stop, length, pages)
-        tokens, logprobs = self._run("prefill", rows, has_past=has_past)
-        self.counts["prefilled_tokens"] += stop - start
-        if stop < len(request.tokens):
-            self.scheduler.advance(request, stop)
-        else:
-            self._accept(request, tokens[:, 0], jax.tree.map(lambda x: x[:, 0], logprobs), events, computed=stop)
+            return length, self._pages_for(stop), True  # history follows the pages
+        return length, self._pages_for(start) if start else 1, start > 0
+
+    def _most_rows(self, length):
+        """Returns how many chunks of a length one dispatch computes: it is made for one, and for so many."""
+        return max(1, min(self.settings.prefill_rows, self.settings.rows, self.settings.prefill_tokens // length))
+
+    def _prefill(self, chunks, length, pages, has_past, events):
+        arrays = self._chunk_arrays(chunks, 1 if len(chunks) == 1 else self._most_rows(length), length, pages)
+        tokens, logprobs = self._run("prefill", arrays, has_past=has_past)
+        for row, (request, start, stop) in enumerate(chunks):
+            self.counts["prefilled_tokens"] += stop - start
+            if stop < len(request.tokens):
+                self.scheduler.advance(request, stop)
+            else:
+                of_row = tokens[:, row], jax.tree.map(lambda x, row=row: x[:, row], logprobs)
+                self._accept(request, *of_row, events, computed=stop)
 
     def _drafts(self, rows):
         """Returns a draft for each row, or None where decoding step by step promises more."""

@@ -61,6 +61,7 @@ class Scheduler:
         self.pool, self.rows, self.prefill_tokens = pool, rows, prefill_tokens
         self.waiting, self.running = collections.deque(), []
         self._requests, self._budget = {}, 0
+        self._planned = {}  # id of a request whose chunk was given out -> digests of the pages that it will fill
 
     def __len__(self):
         return len(self._requests)
@@ -86,14 +87,16 @@ class Scheduler:
     def begin_step(self):
         """Starts a step: its budget of prefilled tokens is whole."""
         self._budget = self.prefill_tokens
+        self._planned.clear()
 
     def next_chunk(self):
         """Returns (request, start, stop): the tokens to prefill next within the step's budget, or None.
 
-        Chunks begin on a page's border. A request looks for pages that it can share when its turn comes, so it finds what
-        was computed a moment before.
+        Chunks begin on a page's border. Several can be asked for before the first is computed (`advance` says that it was). A
+        request looks for pages that it can share when its turn comes, so it finds what was computed a moment before; while
+        chunks that were given out fill pages that it could share, there is none for it.
         """
-        request = next((r for r in self.running if not r.is_ready), None)
+        request = next((r for r in self.running if not r.is_ready and r.id not in self._planned), None)
         while request is None:
             if not self._budget or not self._admit():
                 return None
@@ -105,6 +108,8 @@ class Scheduler:
         if size <= 0:
             return None
         self._budget -= size
+        self._extend_digests(request, start + size)
+        self._planned[request.id] = set(request.digests[start // self.pool.page_size : (start + size) // self.pool.page_size])
         return request, start, start + size
 
     def decodable(self, tokens):
@@ -119,6 +124,7 @@ class Scheduler:
 
     def advance(self, request, computed, new_tokens=()):
         """Notes what a program did: the first `computed` tokens lie in pages, and `new_tokens` were generated."""
+        self._planned.pop(request.id, None)
         request.tokens.extend(new_tokens)
         filled = slice(request.computed // self.pool.page_size, computed // self.pool.page_size)
         request.computed = computed
@@ -146,7 +152,10 @@ class Scheduler:
         request, pool = self.waiting[0], self.pool
         # At least the last token has to be computed: something must tell what comes next.
         self._extend_digests(request, len(request.tokens) - 1)
-        shared = pool.share(request.digests[: (len(request.tokens) - 1) // pool.page_size])
+        sharable = request.digests[: (len(request.tokens) - 1) // pool.page_size]
+        if any(not coming.isdisjoint(sharable) for coming in self._planned.values()):
+            return False
+        shared = pool.share(sharable)
         # A page for each row that runs: or the newcomer would soon take what they need to grow, and be preempted.
         need = pool.pages_for(len(request.tokens)) - len(shared)
         reserve = len(self.running)

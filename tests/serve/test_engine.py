@@ -241,7 +241,7 @@ def test_what_pages_held_before_never_matters(made, expected):
 
 
 def test_pages_read_where_they_lie_draw_the_same(monkeypatch):
-    """The kernel that GPUs read pages with, interpreted: every request is as if alone, and nobody reads what is not finite."""
+    """The kernel that GPUs read pages with, interpreted: every request is as if alone; nobody reads what is not finite."""
     run = functools.partial(attention_paged._gpu, interpret=True)
     kernel = dataclasses.replace(attention_paged.KERNELS["gpu"], run=run, dtypes=("float32",))
     config = dataclasses.replace(LLAMA, heads=2, kv_heads=1, window=None, global_layers=())
@@ -250,11 +250,16 @@ def test_pages_read_where_they_lie_draw_the_same(monkeypatch):
     monkeypatch.setitem(attention_paged.KERNELS, "cpu", kernel)
     with pytest.raises(ConfigError, match="decode_attention=paged has no sliding window.*of 20; take 'gathered'"):
         make(settings=dataclasses.replace(PAIR, decode_attention="paged"))
-    engine, params = make(config=config, settings=PAIR)
+    several = dataclasses.replace(SMALL, rows=3, cache_bytes=2**20, prefill_tokens=96, prefill_rows=3)
+    engine, params = make(config=config, settings=several)  # several prompts in one dispatch, as on accelerators
     assert engine.programs.reads_pages
     asked = ASKED[:7]
     expected = [reference(params, prompt, s, index, config=config) for index, (prompt, s) in enumerate(asked)]
     assert [row[:2] for row in engine.generate(*zip(*asked, strict=True))] == expected
+    alike, before = [list(range(8 + first, 28 + first)) for first in range(3)], engine.counts["prefill"]
+    found = [row[:2] for row in engine.generate(alike, GREEDY)]
+    assert found == [reference(params, prompt, GREEDY, config=config) for prompt in alike]
+    assert engine.counts["prefill"] == before + 1 and engine.counts["reused_tokens"]
     broken = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params)
     engine.load(broken)
     engine.generate(*zip(*asked[:3], strict=True))

@@ -79,7 +79,8 @@ def test_what_can_never_run_is_refused():
 class Machine:
     """Runs what a scheduler decides on pages that hold tokens in place of keys and values."""
 
-    def __init__(self, pages, page_size, rows, prefill_tokens):
+    def __init__(self, pages, page_size, rows, prefill_tokens, together=1):
+        self.together = together  # chunks that are computed at once
         self.pool = PagePool(pages, page_size)
         self.scheduler = Scheduler(self.pool, rows, prefill_tokens)
         self.memory, self.done = {}, {}
@@ -101,15 +102,17 @@ class Machine:
     def step(self, steps):
         scheduler, prefilled = self.scheduler, 0
         scheduler.begin_step()
-        while chunk := scheduler.next_chunk():
-            request, start, stop = chunk
-            prefilled += stop - start
-            assert start % self.pool.page_size == 0 and start == request.computed
-            assert self.read(request, start) == request.tokens[:start]
-            self.write(request, start, request.tokens[start:stop])
-            new = [self.next_token(request.tokens)] if stop == len(request.tokens) else []
-            scheduler.advance(request, stop, new)
-            self.end(request)
+        while chunks := self.next_chunks():
+            for request, start, stop in chunks:
+                prefilled += stop - start
+                assert start % self.pool.page_size == 0 and start == request.computed
+                assert self.read(request, start) == request.tokens[:start]
+            for request, start, stop in chunks:
+                self.write(request, start, request.tokens[start:stop])
+            for request, _, stop in chunks:
+                new = [self.next_token(request.tokens)] if stop == len(request.tokens) else []
+                scheduler.advance(request, stop, new)
+                self.end(request)
         assert prefilled <= scheduler.prefill_tokens
         rows = scheduler.decodable(steps)
         assert len(scheduler.running) <= scheduler.rows
@@ -125,6 +128,12 @@ class Machine:
             scheduler.advance(request, request.computed + len(kept), kept)
             self.end(request)
         return prefilled or len(rows)
+
+    def next_chunks(self):
+        chunks = []
+        while len(chunks) < self.together and (chunk := self.scheduler.next_chunk()):
+            chunks.append(chunk)
+        return chunks
 
     def end(self, request):
         if len(request.tokens) == request.limit or (request.generated and request.tokens[-1] == 0):
@@ -144,9 +153,8 @@ class Machine:
 def schedules(draw):
     size = draw(st.integers(1, 4))
     pages = draw(st.integers(2, 14))
-    machine = dict(
-        pages=pages, page_size=size, rows=draw(st.integers(1, 4)), prefill_tokens=draw(st.integers(size, 4 * size + 3))
-    )
+    machine = dict(pages=pages, page_size=size, rows=draw(st.integers(1, 4)), together=draw(st.integers(1, 4)))
+    machine["prefill_tokens"] = draw(st.integers(size, 4 * size + 3))
     room = pages * size + 1
     requests = []
     for _ in range(draw(st.integers(1, 8))):
@@ -192,6 +200,18 @@ def test_prefill_does_not_keep_decoding_waiting():
     for _ in range(5):
         machine.step(1)
     assert short.generated == before + 5 and machine.scheduler.find(1).computed == 40
+
+
+def test_who_could_share_what_is_being_computed_waits_for_it():
+    machine = Machine(pages=40, page_size=2, rows=4, prefill_tokens=40, together=4)
+    for index, prompt in enumerate([[1, 2, 3, 4, 5], [7, 8, 9], [1, 2, 3, 4, 6, 6], [1, 2, 3, 9]]):
+        machine.scheduler.submit(Request(index, prompt, limit=12))
+    machine.scheduler.begin_step()
+    first = machine.next_chunks()
+    assert [request.id for request, _, _ in first] == [0, 1] and machine.scheduler.next_chunk() is None
+    for request, _, stop in first:
+        machine.scheduler.advance(request, stop, [1])
+    assert [(request.id, start) for request, start, _ in machine.next_chunks()] == [(2, 4), (3, 2)]
 
 
 def test_the_latest_is_preempted_and_comes_back_to_its_pages():
