@@ -134,7 +134,7 @@ _IPV6 = re.compile(r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _LOCAL_UNICAST = ipaddress.ip_network("fc00::/6")
 _VERSION = re.compile(
-    r"(?:version|release|firmware|build|section|§|chapter|(?-i:Ver|Rev)|(?<![a-z])(?:ver|rev|oid))[.:\s#=v\"']{0,4}\Z",
+    r"(?:version|release|firmware|build|section|§|chapter|(?-i:Ver|Rev)|(?<![a-z])(?:ver|rev|oid))[.:\s#=(v\"']{0,4}\Z",
     re.IGNORECASE,
 )
 # Four small numbers are a version or a section more often than an address, unless something says so.
@@ -188,7 +188,7 @@ class IpAddress:
 
 # ---- payment cards and accounts
 # Groups of digits with the same separator between them, once or twice.
-_CARD = bounded(r"\d{4}([ ._/-]{1,2})\d{4}\1\d{4}\1\d{3,4}(?:\1\d{3})?|3\d{3}([ ._-]{1,2})\d{6}\2\d{4,5}|\d{12,19}")
+_CARD = bounded(r"\d{4}([ ._/-]{1,2})\d{4}\1\d{4}\1\d{3,4}(?:\1\d{3})?|3\d{3}([ ._/-]{1,2})\d{6}\2\d{4,5}|\d{12,19}")
 # Issuer ranges (prefix, lengths). Twelve to fourteen digits are also much else: these need a word.
 _ISSUERS = re.compile(
     r"4\d{15}(?:\d{3})?|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|3(?:0[0-5]|[68]\d|09)\d{11}"

@@ -96,6 +96,7 @@ _FIELD = re.compile(
     r"(?:\A|_)(?:pass(?:word|wd|phrase|code|wort)|pwd|kennwort|mot_de_passe|contrase.a|senha|wachtwoord|пароль|密码|(pass))(?:_?\d{1,2})?\Z",
     re.IGNORECASE,
 )
+_LONG_PASS = 16
 _PASS, _VALUE = re.compile(r"[_-]?\d?", re.ASCII), re.compile(r"[\"'`\]\\]{0,3}\s{0,3}:[ \t\"'`\\]{0,4}([^\s\"'`]{6,100})")
 _ENCLOSED = re.compile(r"[^\s()]{6,100}\)")
 _QUOTED = re.compile(r"[rbfu]?\\?([\"'`])((?:(?!\1)[^\s\\]|\\[^\s\"'`]){6,300})\\?\1")
@@ -274,7 +275,8 @@ def _is_named_pass(text, place, rest, sign):
     if sign != ":" or is_joined or text.startswith("PASS", place):
         return sign is not None and (sign != ":" or is_joined)
     value = _VALUE.match(text, rest.end())
-    return bool(value) and (is_random(value[1]) or _kinds(value[1]) >= 3)
+    value = value[1].rstrip(".,;:)") if value else ""
+    return _kinds(value) >= 3 or (len(value) >= _LONG_PASS and is_random(value))
 
 
 def _kinds(value):

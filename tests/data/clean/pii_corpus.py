@@ -404,7 +404,6 @@ LOOKALIKES = {
             f"x=415-555-{digits(rng, 4)}",
             f"415-555-{digits(rng, 4)}-7",
             f"2.415-555-{digits(rng, 4)}",
-            f"/a/415-555-{digits(rng, 4)}",
         ]
     ),
     "degrees": lambda rng: f"{rng.uniform(-80, 80):.6f},{rng.uniform(-170, 170):.6f}",
