@@ -19,6 +19,13 @@ TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more th
 _CHUNK, _BUFFER = 1 << 14, 1 << 16
 # Bytes of content that a decoder of bzip2 or xz gives at once. A block of bzip2 has 46 MB at most, its checksum behind it.
 _MOST_AT_ONCE = 1 << 26
+# What file systems far away call that which changes with a file's content, without marks between words.
+_STAMPS = {
+    "blobid", "checksum", "contenthash", "contentmd5", "crc", "crc32c", "created", "digest", "etag", "generation",
+    "lastmodified", "md5hash", "modificationtime", "modified", "modify", "mtime", "oid", "sha", "sha256", "updated", "version",
+    "versionid",
+}  # fmt: skip
+_NO_MARKS = str.maketrans("", "", "-_ ")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -291,7 +298,10 @@ def _walk(root):
 
 
 def _list_remote(url):
+    if "::" in url:
+        raise ConfigError(f"data source {url!r}: chained URLs are not read; unpack what lies inside, and name that.")
     system, root = _file_system(url)
+    system.invalidate_cache()  # of listings: what changed since then has to be seen
     if not system.exists(root):
         raise ConfigError(f"data source {url!r} does not exist.")
     is_file = system.isfile(root)
@@ -301,8 +311,10 @@ def _list_remote(url):
     for path in sorted(found):
         key, info = printable(path.removeprefix(base).lstrip("/")), found[path]
         if not _is_hidden(key.split("/")):
-            names = ("etag", "ETag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "created")
-            stamp = fingerprint([str(info.get(name)) for name in names])
+            info = info if info.get("size") is not None else system.info(path)  # links on a page tell no size
+            stamp = fingerprint(
+                {name: str(value) for name, value in info.items() if name.lower().translate(_NO_MARKS) in _STAMPS}
+            )
             listed.append(SourceFile(system.unstrip_protocol(path), key, int(info.get("size") or 0), stamp))
     return listed
 

@@ -6,6 +6,7 @@ import json
 import lzma
 import random
 import tracemalloc
+import zipfile
 
 import fsspec
 import pytest
@@ -13,6 +14,10 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile
 
+from llmos_jax.config import parse
+from llmos_jax.data.clean.pipeline import PrepareConfig, prepare_dataset
+from llmos_jax.data.files import list_path
+from llmos_jax.errors import ConfigError
 from tests.data.test_readers import read
 
 COMPRESS = {
@@ -79,9 +84,12 @@ def test_little_that_holds_much_is_not_held_at_once(ending, tmp_path, monkeypatc
 
 
 class Far(MemoryFileSystem):
-    """Files whose streams are as those of s3, gcs and http: their readline takes no size."""
+    """Files whose streams are as those of s3, gcs and http: their readline takes no size; facts are kept until told not to be.
 
-    protocol, store, pseudo_dirs = ("far",), {}, [""]
+    facts: what is known of every file but its size.
+    """
+
+    protocol, store, pseudo_dirs, facts, listings = ("far",), {}, [""], {}, {}
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -91,6 +99,16 @@ class Far(MemoryFileSystem):
         if mode != "rb":
             return super()._open(path, mode, **choices)
         return FarStream(self, path, mode, size=len(self.store[path].getvalue()))
+
+    def info(self, path, **choices):
+        path = self._strip_protocol(path)
+        if path not in self.listings:
+            info = super().info(path, **choices)
+            self.listings[path] = {name: info[name] for name in ("name", "size", "type")} | self.facts
+        return self.listings[path]
+
+    def invalidate_cache(self, path=None):
+        self.listings.clear()
 
 
 class FarStream(AbstractBufferedFile):
@@ -141,3 +159,37 @@ def test_tables_are_read_from_far_away(tmp_path):
         fsspec.filesystem("far").pipe(f"/tables-{tmp_path.name}/{file.name}", file.read_bytes())
     far, bad = read(f"far://tables-{tmp_path.name}")
     assert not bad and far == read(tmp_path)[0] and len(far) == 9000
+
+
+@pytest.mark.parametrize(
+    "name", ["ETag", "etag", "Last-Modified", "LastModified", "Content-MD5", "Digest", "version_id", "sha"]
+)
+def test_a_changed_file_far_away_is_read_again(name, tmp_path, monkeypatch):
+    fsspec.register_implementation("far", Far, clobber=True)
+    system, url = fsspec.filesystem("far"), f"far://changed-{tmp_path.name}/a.jsonl"
+    config = parse(PrepareConfig, {"sources": [{"path": url}], "steps": [], "workers": 1})
+    for number, text in enumerate(("one", "two")):
+        monkeypatch.setattr(Far, "facts", {name: f"of {number}", "atime": str(random.random())})
+        system.pipe_file(f"/changed-{tmp_path.name}/a.jsonl", b'{"text": "%s"}\n' % text.encode())
+        assert [row["text"] for row in prepare_dataset(config, tmp_path, log=list).iterate()] == [text]
+    before = list_path(url)[0]
+    monkeypatch.setattr(Far, "facts", {name: "of 1", "atime": "later"})
+    assert before.is_unchanged() and list_path(url) == [before]
+    monkeypatch.setattr(Far, "facts", {name: "of 2"})
+    assert not before.is_unchanged()
+
+
+def test_files_of_a_page_of_links_have_their_sizes_asked_for(tmp_path, monkeypatch):
+    fsspec.register_implementation("far", Far, clobber=True)
+    fsspec.filesystem("far").pipe(f"/links-{tmp_path.name}/a.txt", b"text")
+    monkeypatch.setattr(Far, "find", lambda system, path, detail: {f"{path}/a.txt": {"name": "a.txt", "size": None}})
+    assert [file.size_bytes for file in list_path(f"far://links-{tmp_path.name}")] == [4]
+    monkeypatch.setattr(Far, "facts", {"size": None})  # nor does the server tell
+    assert read(f"far://links-{tmp_path.name}") == ([("a.txt", "text", {})], [])
+
+
+def test_chained_urls_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        archive.writestr("a.jsonl", '{"text": "a"}')
+    with pytest.raises(ConfigError, match="chained URLs are not read; unpack"):
+        list_path(f"zip://a.jsonl::{tmp_path}/z.zip")
