@@ -14,7 +14,8 @@ import pytest
 from llmos_jax import api
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.models import gpt, llama, moe
-from llmos_jax.models.attention import _PREFERRED, attend
+from llmos_jax.models.attention import _PREFERRED, attend, attend_cached
+from llmos_jax.models.attention_paged import KERNELS, attend_pages
 from llmos_jax.serve.engine import Engine, EngineConfig
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
@@ -55,6 +56,24 @@ def test_attention_and_its_gradients_are_those_of_the_reference(implementation, 
         assert ours.dtype == dtype
         ours, theirs = (np.asarray(x, np.float32) for x in (ours, theirs))
         np.testing.assert_allclose(ours, theirs, atol=TOLERANCE[dtype] * np.abs(theirs).max(), rtol=0)
+
+
+@pytest.mark.skipif(PLACEMENT.platform not in KERNELS, reason="no kernel of this platform reads pages")
+@pytest.mark.parametrize("heads, groups, size, softcap", [(8, 2, 128, None), (32, 8, 128, None), (4, 4, 128, 20.0)])
+def test_pages_are_read_where_they_lie(heads, groups, size, softcap):
+    keys, shape = jax.random.split(jax.random.key(0), 3), (groups, 200, 16, size)
+    query_BHK = jax.random.normal(keys[0], (3, heads, size), jnp.bfloat16)
+    pools = tuple(jax.random.normal(key, shape, jnp.bfloat16) for key in keys[1:])
+    table_BP = np.random.default_rng(0).permutation(200)[:150].reshape(3, 50).astype(np.int32)
+    length_B = np.array([1, 320, 799], np.int32)
+    run = functools.partial(attend_pages, scale=0.25, softcap=softcap, placement=PLACEMENT)
+    found = jax.jit(run)(query_BHK, pools, table_BP, length_B)
+    for row, length in enumerate(length_B):
+        key, value = (pool[:, table_BP[row]].reshape(groups, 1, -1, size)[:, :, :length].astype(jnp.float32) for pool in pools)
+        query = query_BHK[row][None, None].astype(jnp.float32)
+        with jax.default_matmul_precision("highest"):
+            expected = attend_cached(query, None, (key, value), None, length - 1, scale=0.25, softcap=softcap)[0, 0]
+        np.testing.assert_allclose(np.asarray(found[row], np.float32), expected, atol=2e-2)
 
 
 def test_experts_by_the_platforms_own_product_are_those_of_capacity_for_all():

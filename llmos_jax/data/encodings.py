@@ -27,9 +27,10 @@ _MULTIBYTE = ("gb18030", "cp932", "cp949", "big5hkscs", "euc_jp", "iso2022_jp")
 _WINDOWS = {"iso8859-2": "cp1250", "iso8859-7": "cp1253", "iso8859-9": "cp1254"}
 # Bytes of a file's lines that its encoding is told by.
 _SAMPLE = 1 << 16
-# Characters that a line of UTF-8 must hold beside an encoding of several bytes: few of that are valid UTF-8 by chance.
+# Characters that a line of UTF-8 must hold beside an encoding of several bytes: few of that are valid UTF-8 by chance. So many
+# for each place that is not UTF-8, too, and the line is UTF-8 that took damage, whatever the lines around it are.
 _SURE = 4
-_LOST = "\ufffd"
+_LOST, _OTHER = "\ufffd", r"[^\0-\x7f]"  # _OTHER: a character beyond ASCII
 # More characters lost than one in so many, and the guess is wrong.
 _MOST_LOST = 100
 # ASCII letters for each other one, at least, in the languages of Western Europe.
@@ -44,9 +45,9 @@ def has_mark(data):
 
 
 class LineDecoder:
-    """From the lines of one file to characters: UTF-8 as it stands, all other lines in the one encoding that they look like.
+    """From the lines of one file to characters: UTF-8, damaged or not, and all other lines in the one encoding they look like.
 
-    One line is too short to tell it by. file: SourceFile, read a second time, up to a sample of such lines, when there is one.
+    One line is too short to tell that by. file: SourceFile, read a second time, up to a sample of them, when there is one.
     """
 
     def __init__(self, file, repair):
@@ -54,9 +55,10 @@ class LineDecoder:
 
     def decode(self, line, where):
         """Returns (text, metadata) of a line; `decode` says what they are and what is raised."""
-        if self._repair and self._encoding is None and _as_utf8(line) is None:
-            self._encoding = _looks_like(_sample(self._file) or line, where)
-        return decode(line, self._repair, where, looks=self._encoding)
+        looks = "utf-8"
+        if self._repair and _as_utf8(line) is None and not is_damaged_utf8(line):
+            looks = self._encoding = self._encoding or _looks_like(_sample(self._file) or line, where)
+        return decode(line, self._repair, where, looks=looks)
 
 
 def _sample(file):
@@ -66,7 +68,7 @@ def _sample(file):
         with file.open() as stream:
             while size < _SAMPLE and (line := stream.readline(_SAMPLE)):
                 cut = 3 if len(line) == _SAMPLE else 0  # bytes of a character that goes on
-                if is_begin and _valid_length(line) < len(line) - cut:
+                if is_begin and _valid_length(line) < len(line) - cut and not is_damaged_utf8(line):
                     lines.append(line)
                     size += len(line)
                 is_begin = line.endswith(b"\n")
@@ -88,7 +90,7 @@ def decode(data, repair, where, charset="utf-8", looks=None):
         if not repair:
             raise DataError(f"{where} is not UTF-8 (byte {error.start}): convert it, or set repair of its source.") from None
     text, encoding, lost = _replaced(data, looks) if looks else _guess(data, where)
-    if lost * _MOST_LOST > len(text):
+    if lost * _MOST_LOST > len(text) and (lost > 1 or not is_damaged_utf8(data)):
         raise DataError(f"{where} looks like {encoding}, but {lost} of {len(text)} characters are not of it: convert it.")
     return text, {"repaired_from": encoding} | ({"lost_characters": lost} if lost else {})
 
@@ -111,12 +113,19 @@ def _guess(data, where):
     if not (complete := data[: _valid_length(data)]).isascii() and len(data) - len(complete) < 4:  # cut in a character
         return _replaced(data, "utf-8")
     lines = [(line, _as_utf8(line)) for line in data.split(b"\n")]
-    encoding = _looks_like(b"\n".join(line for line, text in lines if text is None), where)
+    is_damaged = [text is None and is_damaged_utf8(line) for line, text in lines]
+    others = [line for (line, text), damaged in zip(lines, is_damaged, strict=True) if text is None and not damaged]
+    if not others:
+        return _replaced(data, "utf-8")
+    encoding = _looks_like(b"\n".join(others), where)
     least = _SURE if encoding in _MULTIBYTE else 1
-    is_sure = [text is not None and len(re.findall(r"[^\0-\x7f]", text)) >= least for _, text in lines]
+    is_sure = [
+        damaged or (text is not None and len(re.findall(_OTHER, text)) >= least)
+        for (_, text), damaged in zip(lines, is_damaged, strict=True)
+    ]
     if not any(is_sure):
         return _replaced(data, _looks_like(data, where))
-    parts = [(text, "", 0) if sure else _replaced(line, encoding) for (line, text), sure in zip(lines, is_sure, strict=True)]
+    parts = [_replaced(line, "utf-8" if sure else encoding) for (line, _), sure in zip(lines, is_sure, strict=True)]
     return "\n".join(text for text, _, _ in parts), f"utf-8 and {encoding}", sum(lost for _, _, lost in parts)
 
 
@@ -139,6 +148,12 @@ def _replaced(data, encoding):
     text = data.decode(encoding, "replace")
     own = data.count(_LOST.encode()) if encoding.startswith("utf-8") else 0
     return text.removeprefix("\ufeff"), encoding.removesuffix("-sig"), text.count(_LOST) - own
+
+
+def is_damaged_utf8(data):
+    """Whether bytes that are not UTF-8 are so but for few places: hardly any text of another encoding is, by chance."""
+    text, _, lost = _replaced(data, "utf-8")
+    return len(re.findall(_OTHER, text)) - lost >= _SURE * max(lost, 1)
 
 
 def _valid_length(data):

@@ -17,6 +17,15 @@ from llmos_jax.errors import ConfigError, DataError
 TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
 # Bytes of compressed content that are taken at once, all of which give nothing where they are damaged; and of content.
 _CHUNK, _BUFFER = 1 << 14, 1 << 16
+# Bytes of content that a decoder of bzip2 or xz gives at once. A block of bzip2 has 46 MB at most, its checksum behind it.
+_MOST_AT_ONCE = 1 << 26
+# What file systems far away call that which changes with a file's content, without marks between words.
+_STAMPS = {
+    "blobid", "checksum", "contenthash", "contentmd5", "crc", "crc32c", "created", "digest", "etag", "generation",
+    "lastmodified", "md5hash", "modificationtime", "modified", "modify", "mtime", "oid", "sha", "sha256", "updated", "version",
+    "versionid",
+}  # fmt: skip
+_NO_MARKS = str.maketrans("", "", "-_ ")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -52,23 +61,16 @@ class SourceFile:
         return self.path.removeprefix(TFDS)
 
     def open_raw(self):
-        """Returns a binary stream of the bytes as they lie there."""
+        """Returns a buffered binary stream of the bytes as they lie there."""
         if not is_remote(self.location):
             return open(self.location, "rb")
-        return _file_system(self.location)[0].open(self.location)
+        # The streams of most of fsspec's file systems can't read at most so much of a line.
+        return io.BufferedReader(_file_system(self.location)[0].open(self.location), _BUFFER)
 
     def open(self):
         """Returns a binary stream of the decompressed content; damage shows as one of `DAMAGE` while it is read."""
-        raw, name = self.open_raw(), self.path.lower()
-        if name.endswith(".gz"):
-            return io.BufferedReader(_gzip(raw), _BUFFER)
-        if name.endswith(".bz2"):
-            return bz2.BZ2File(raw)
-        if name.endswith(".xz"):
-            return lzma.LZMAFile(raw)
-        if name.endswith(".zst"):
-            return io.BufferedReader(_zstd(raw, self.path), _BUFFER)
-        return raw
+        decoder = _decoder(self.path)
+        return io.BufferedReader(_Frames(self.open_raw(), *decoder), _BUFFER) if decoder else self.open_raw()
 
     def is_unchanged(self):
         """Whether the file still is what it was when it was listed, as far as its size and its stamp tell."""
@@ -96,10 +98,11 @@ class SourceFile:
 
 
 class _Frames(io.RawIOBase):
-    """A compressed file of any number of frames (members), whose damage and early end are errors.
+    """A compressed file of any number of frames (members, streams), whose damage and early end are errors.
 
-    Bytes come out of one frame at a time, and of a short one after its checksum was compared: what is wrong with a frame shows
-    when it is read, not later. (The libraries' own readers end quietly, or read on before they compare.)
+    Bytes come out of one frame at a time, and of a short one after its checksum was compared, as they do of a block of bzip2:
+    what is wrong with a frame shows when it is read, not later. (The libraries' own readers end quietly, or read on before they
+    compare.)
     """
 
     def __init__(self, raw, new_decoder, error):
@@ -111,11 +114,14 @@ class _Frames(io.RawIOBase):
 
     def readinto(self, buffer):
         while not self._ready:
-            data = self._rest or self._raw.read(_CHUNK)
-            if not data:
-                if self._decoder is not None:
-                    raise EOFError("the file ends inside a compressed frame")
-                return 0
+            if getattr(self._decoder, "needs_input", True):
+                data = self._rest or self._raw.read(_CHUNK)
+                if not data:
+                    if self._decoder is not None:
+                        raise EOFError("the file ends inside a compressed frame")
+                    return 0
+            else:
+                data = b""  # it has more than it gives at once
             if self._decoder is None and not (data := data.lstrip(b"\0")):  # what tapes are filled up with
                 self._rest = b""
                 continue
@@ -136,16 +142,35 @@ class _Frames(io.RawIOBase):
         super().close()
 
 
-def _gzip(raw):
-    return _Frames(raw, lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error)
+class _AtMost:
+    """A decoder of bzip2 or xz that gives so much at once: their frames may hold a million times their size."""
+
+    def __init__(self, decoder):
+        self._decoder = decoder
+
+    def decompress(self, data):
+        return self._decoder.decompress(data, _MOST_AT_ONCE)
+
+    def __getattr__(self, name):
+        return getattr(self._decoder, name)
 
 
-def _zstd(raw, path):
+def _decoder(path):
+    """Returns (maker of a decoder of one frame, what that raises on damage) of a compressed file, none of any other."""
+    ending = next((ending for ending in _COMPRESSED if path.lower().endswith(ending)), None)
+    if ending == ".gz":
+        return lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error
+    if ending == ".bz2":
+        return lambda: _AtMost(bz2.BZ2Decompressor()), OSError
+    if ending == ".xz":
+        return lambda: _AtMost(lzma.LZMADecompressor(lzma.FORMAT_XZ)), lzma.LZMAError
+    if ending is None:
+        return None
     try:
         import zstandard
     except ImportError:
         raise missing_extra("zstandard", path) from None
-    return _Frames(raw, lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
 
 
 def is_remote(path):
@@ -273,7 +298,10 @@ def _walk(root):
 
 
 def _list_remote(url):
+    if "::" in url:
+        raise ConfigError(f"data source {url!r}: chained URLs are not read; unpack what lies inside, and name that.")
     system, root = _file_system(url)
+    system.invalidate_cache()  # of listings: what changed since then has to be seen
     if not system.exists(root):
         raise ConfigError(f"data source {url!r} does not exist.")
     is_file = system.isfile(root)
@@ -283,8 +311,10 @@ def _list_remote(url):
     for path in sorted(found):
         key, info = printable(path.removeprefix(base).lstrip("/")), found[path]
         if not _is_hidden(key.split("/")):
-            names = ("etag", "ETag", "md5Hash", "generation", "mtime", "last_modified", "LastModified", "created")
-            stamp = fingerprint([str(info.get(name)) for name in names])
+            info = info if info.get("size") is not None else system.info(path)  # links on a page tell no size
+            stamp = fingerprint(
+                {name: str(value) for name, value in info.items() if name.lower().translate(_NO_MARKS) in _STAMPS}
+            )
             listed.append(SourceFile(system.unstrip_protocol(path), key, int(info.get("size") or 0), stamp))
     return listed
 

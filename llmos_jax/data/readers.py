@@ -11,7 +11,7 @@ from llmos_jax.data.clean.dataset import read_verified
 from llmos_jax.data.columns import read_arrow, read_parquet
 from llmos_jax.data.encodings import decode, has_mark, repair_mojibake
 from llmos_jax.data.fields import too_long
-from llmos_jax.data.files import DAMAGE, DATASET, TFDS
+from llmos_jax.data.files import DAMAGE, DATASET, TFDS, is_remote
 from llmos_jax.data.lines import read_csv, read_json, read_jsonl
 from llmos_jax.data.tfds_files import read_tfds
 from llmos_jax.data.web import html_text, read_warc
@@ -52,7 +52,7 @@ def read_file(file, source, limit=None):
     """
     reader = _READERS[format_of(file, source.format)]
     try:
-        if file.size_bytes == 0:
+        if file.size_bytes == 0 and not is_remote(file.path):  # there it may be unknown
             raise DataError(f"{file} is empty.")
         for item in reader(file, source, limit):
             if not isinstance(item, tuple):

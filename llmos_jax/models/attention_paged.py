@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # Tokens that a kernel takes at once, and among how many programs one row and head of a GPU is divided at most.
-_GPU_BLOCK, _GPU_SPLITS, _TPU_BLOCK = 64, 16, 512
+_GPU_BLOCK, _GPU_SPLITS, _TPU_BLOCK = 128, 16, 512
 
 
 def attend_pages(query_BHK, pools, table_BP, length_B, *, scale=None, softcap=None, placement):

@@ -34,7 +34,7 @@ class EngineConfig:
     page_size: int = setting(16, help="tokens of a page of the cache", at_least=1)
     cache_bytes: int = setting(2**28, help="of keys and values, all devices together; at least one whole context", at_least=1)
     prefill_tokens: int = setting(
-        0, help="prompt tokens computed between two decoding steps; 0: 512 on a CPU, 2,048 on accelerators", at_least=0
+        0, help="prompt tokens computed between two decoding steps; 0: 512 on a CPU, 4,096 on accelerators", at_least=0
     )
     prefill_rows: int = setting(
         0, help="prompts computed in one dispatch, if they are short enough; 0: 1 on a CPU, 8 on accelerators", at_least=0
@@ -53,7 +53,7 @@ class EngineConfig:
 
     def on(self, platform):
         """Returns these settings with those that go by the platform filled in."""
-        tokens, rows = (512, 1) if platform == "cpu" else (2048, 8)
+        tokens, rows = (512, 1) if platform == "cpu" else (4096, 8)
         tokens = self.prefill_tokens or max(tokens, self.page_size)
         return dataclasses.replace(self, prefill_tokens=tokens, prefill_rows=self.prefill_rows or rows)
 
@@ -239,7 +239,7 @@ class Engine:
     def _run(self, kind, rows, **static):
         drawn, self._pools = self.programs.run(kind, self._weights, self._pools, rows, **static)
         self.counts[kind] += 1
-        return jax.tree.map(np.asarray, drawn)
+        return jax.device_get(drawn)
 
     def _arrays(self, requests, rows, length, pages):
         return row_arrays(requests, rows, length, pages, pages * self.pool.page_size)

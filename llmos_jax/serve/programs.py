@@ -34,19 +34,24 @@ class Programs:
 
     def run(self, kind, weights, pools, rows, **static):
         """Runs "prefill", "decode" or "verify" and returns (outputs, pools); the pools given are used up."""
-        shapes = tuple(sorted((name, x.shape) for name, x in rows.items()))
-        key = (kind, shapes, pools[0][0].shape, tuple(sorted(static.items())))
+        layout = tuple((name, x.shape, x.dtype.str) for name, x in sorted(rows.items()))
+        key = (kind, layout, pools[0][0].shape, tuple(sorted(static.items())))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(kind, weights, pools, rows, static)
-        return self._compiled[key](weights, pools, rows)
+            self._compiled[key] = self._compile(kind, weights, pools, layout, static)
+        # One array in place of twenty: each costs a transfer of its own (0.7 of 4.5 ms that a prefill took on an H200).
+        packed = np.concatenate([rows[name].view(np.int32).ravel() for name, _, _ in layout])
+        return self._compiled[key](weights, pools, packed)
 
-    def _compile(self, kind, weights, pools, rows, static):
-        run = functools.partial(getattr(self, f"_{kind}"), **static)
+    def _compile(self, kind, weights, pools, layout, static):
+        def run(weights, pools, packed):
+            return getattr(self, f"_{kind}")(weights, pools, _unpacked(packed, layout), **static)
+
         whole = self.placement.sharding()
-        shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole) for name, x in rows.items()}
+        size = sum(int(np.prod(shape)) for _, shape, _ in layout)
+        packed = jax.ShapeDtypeStruct((size,), np.int32, sharding=whole)
         # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
         outputs = (whole, cache.pool_sharding(self.stages))
-        return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, pools, shapes).compile()
+        return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, pools, packed).compile()
 
     def _gather(self, pools, rows):
         return self.stages.each(cache.gather, (0, None, None))(pools, rows["table"], rows["past"])
@@ -142,12 +147,22 @@ def _once_known(tokens, values):
     return jnp.where(tokens >= 0, values, 0)
 
 
+def _unpacked(packed, layout):
+    """Returns {name: array} of what was laid end to end: (name, shape, dtype of 32 bits) of each."""
+    rows, start = {}, 0
+    for name, shape, dtype in layout:
+        stop = start + int(np.prod(shape))
+        rows[name] = lax.bitcast_convert_type(packed[start:stop].reshape(shape), np.dtype(dtype))
+        start = stop
+    return rows
+
+
 def row_arrays(requests, size, length, pages, history):
     """Returns {name: numpy array} of `size` rows, of which the first are `requests`: what every program reads of them.
 
     tokens [B, length] (to be filled in), table [B, pages], history [B, history], past (tokens that lie in pages), count (new
     tokens), room (tokens that may still be drawn; 0: nobody's row), prompt and length (of the history), index (of the next
-    token in its continuation), and those of the sampler. Fresh buffers: a program may still read the last ones.
+    token in its continuation), and those of the sampler. All have 32 bits an element.
     """
     rows = sampling_arrays([(r.payload.sampling, r.payload.stream) for r in requests], size)
     for name in ("past", "count", "room", "prompt", "length", "index"):

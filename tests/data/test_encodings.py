@@ -1,9 +1,13 @@
 """Bytes to characters: what is no UTF-8 is repaired whole, line by line, or not at all; nothing goes without a count."""
 
+import json
+import random
+
 import pytest
 
-from llmos_jax.data.encodings import charset_of, decode
+from llmos_jax.data.encodings import charset_of, decode, is_damaged_utf8
 from llmos_jax.errors import DataError
+from tests.data.test_readers import read
 
 GERMAN = "Größe, Äpfel und Übermut: «ça va», naïve. "
 JAPANESE = "これは日本語の文章です。"
@@ -64,3 +68,43 @@ def test_labels_that_are_no_encoding_are_not_believed():
     assert decode(japanese, True, "f", charset_of(japanese, "x-sjis", "f"))[0] == JAPANESE
     false = f"<p>{GERMAN}</p>".encode()  # a server that says ASCII of UTF-8
     assert GERMAN in decode(false, True, "f", "ascii")[0]
+
+
+def in_json(text, encoding="utf-8", cut=0):
+    data = json.dumps({"text": text}, ensure_ascii=False).encode(encoding)
+    return data if not cut else data[: -2 - cut] + b'"}'
+
+
+@pytest.mark.parametrize(
+    ("around", "encoding"), [(RUSSIAN, "cp1251"), (GERMAN, "cp1252"), (JAPANESE, "cp932"), (JAPANESE, "gb18030")]
+)
+@pytest.mark.parametrize(
+    "text", ["Καλημέρα κόσμε, ένα κείμενο για τον καιρό", GERMAN + "ü", RUSSIAN + "я", JAPANESE, "今天天气很好，去公园"]
+)
+def test_a_damaged_line_of_utf8_is_neither_read_as_the_others_nor_are_they_as_it(text, around, encoding, tmp_path):
+    lines = [in_json(f"{around} {number}", encoding) for number in range(5)]
+    for place in (0, 3, 5):
+        (tmp_path / "a.jsonl").write_bytes(b"\n".join([*lines[:place], in_json(text, cut=1), *lines[place:]]))
+        documents, bad = read(tmp_path / "a.jsonl", repair=True)
+        texts = [f"{around} {number}" for number in range(5)]
+        assert not bad and [text for _, text, _ in documents] == [*texts[:place], text[:-1] + "\ufffd", *texts[place:]]
+        assert documents[place][2] == {"repaired_from": "utf-8", "lost_characters": 1}
+    whole = b"\n".join([around.encode(encoding) * 3] * 9 + [text.encode()[:-1]] * 2)
+    got, metadata = decode(whole, True, "f")
+    assert got.endswith(f"\n{text[:-1]}\ufffd" * 2) and got.startswith(around * 3) and metadata["lost_characters"] == 2
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "cp949", "euc_jp", "cp932", "cp874", "cp1251", "koi8-r", "cp1256"])
+def test_lines_of_no_other_encoding_are_taken_for_damaged_utf8(encoding):
+    """Characters by chance: worse than any language, whose common ones lie where they are not UTF-8."""
+    numbers = random.Random(0)
+    letters = [character for character in map(chr, range(0xA1, 0xD7A4)) if is_letter_of(character, encoding)]
+    lines = ["".join(numbers.choices(letters, k=numbers.randrange(4, 40))).encode(encoding) for _ in range(5000)]
+    assert not [line for line in lines if is_damaged_utf8(line)]
+
+
+def is_letter_of(character, encoding):
+    try:
+        return character.isalpha() and bool(character.encode(encoding))
+    except UnicodeEncodeError:
+        return False

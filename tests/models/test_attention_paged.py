@@ -62,7 +62,7 @@ def interpreted(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "heads", "groups", "size", "page_size", "table"),
     [
-        ("gpu", 8, 2, 64, 16, 9),  # more than two blocks of 64 tokens, the last of them not whole
+        ("gpu", 8, 2, 64, 16, 9),  # two blocks of 128 tokens, the last of them not whole
         ("gpu", 4, 4, 32, 4, 3),  # less than one
         ("tpu", 8, 2, 128, 16, 9),
         ("tpu", 8, 1, 128, 256, 3),  # two blocks of 512, the last of them not whole
@@ -98,7 +98,7 @@ def test_heads_over_devices_are_read_where_they_lie(interpreted):
         ("gpu", {"dtype": "float32"}, "takes bfloat16 and float16 on gpu, not float32"),
         ("gpu", {"head_size": 96}, "a power of two from 16 on, not 96"),
         ("tpu", {"head_size": 64}, "a power of two from 128 on, not 64"),
-        ("gpu", {"page_size": 128}, "a power of two from 1 to 64, not 128"),
+        ("gpu", {"page_size": 256}, "a power of two from 1 to 128, not 256"),
         ("tpu", {"page_size": 24, "head_size": 128}, "a power of two from 16 to 512, not 24"),
         ("gpu", {"windows": (20, None)}, "has no sliding window, and layers have one of 20"),
         ("gpu", {"pipeline": object()}, "stages of a pipeline"),

@@ -19,7 +19,7 @@ from llmos_jax.data.sources import SourceConfig
 from llmos_jax.errors import DataError
 
 # Raised when readers give other documents for the same files.
-_VERSION = 4
+_VERSION = 5
 # Messages that are kept of bad records; all are counted.
 _KEPT_MESSAGES = 1000
 _UNREADABLE = "unreadable"
