@@ -140,7 +140,7 @@ def test_metadata_are_read_with_the_names_of_their_fields_and_numbers_as_digits(
         "password": ("hR7$kk29!pQx", "[SECRET]"),
         "api_key": ("9f8a7b6c5d4e3f2a1b0c9d8e", "[SECRET]"),
         "user": ({"homePhone2": 4155552671, "phones": [["4155552672"]]}, {"homePhone2": "[PHONE]", "phones": [["[PHONE]"]]}),
-        "phones": ({"4155552673": True}, {"4155552673": True}),
+        "phones": ({"4155552673": True}, {"[PHONE]": True}),
         "mobile": ({"4155552674": {"of": "me"}}, {"[PHONE]": {"of": "me"}}),
         "id12": ("DE89370400440532013000", "[IBAN]"),
         "bob@corp-mail.org": ("eve@corp-mail.org", "[EMAIL]"),
