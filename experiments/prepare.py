@@ -10,8 +10,9 @@ Options (`--config=experiments/prepare.py:data=PATH+PATH,chain=web`):
     chain        text (default: books, manuals, documentation, in any language), web (English pages by the rules and
                  thresholds of FineWeb: Penedo et al. 2024), code, or none (documents as they are read)
     evaluations  files or folders of evaluation texts: documents that hold 13 words in a row of one are removed
-    pii          personal data: label ([EMAIL] in its place) or none; web: label, all others: none. Where the step is, it comes
-                 last, and no text of the dataset holds what it found (needs 'llmos-jax[privacy]')
+    pii          personal data: label ([EMAIL] in its place) or none; web: label, all others: none. The step comes before the
+                 first that cuts texts, as it needs what stands around a datum; what is cut is looked at again, and no text
+                 of the dataset holds what was found (needs 'llmos-jax[privacy]')
     sample       share of the documents that are taken, chosen by their keys (1: all)
     licence      licence of these sources, kept with every document
     smoke        a small part of the standard library: proves that everything works, in seconds
@@ -26,7 +27,7 @@ from llmos_jax.errors import ConfigError
 
 DUPLICATES = [{"step": "exact_duplicates"}, {"step": "minhash_duplicates"}]
 CHAINS = {
-    "none": [],
+    "none": [{"step": "pii"}],
     # Gopher's words (Rae et al. 2021) with room for other languages (some write without blanks), tables and symbols.
     "text": [
         {"step": "normalise"},
@@ -34,6 +35,7 @@ CHAINS = {
         {"step": "gopher_repetition"},
         {"step": "gopher_quality", "min_letter_words": 0.5, "min_stop_words": 0, "max_mean_word_length": 40.0},
         *DUPLICATES,
+        {"step": "pii"},
         {"step": "repeated_paragraphs"},
         {"step": "length", "at_least": 200},
     ],
@@ -43,6 +45,7 @@ CHAINS = {
         {"step": "normalise"},
         {"step": "gopher_repetition"},
         {"step": "gopher_quality"},
+        {"step": "pii"},
         {"step": "c4_lines", "needs_end_mark": False},
         {"step": "c4_quality"},
         {"step": "fineweb_quality"},
@@ -53,6 +56,7 @@ CHAINS = {
         {"step": "length", "at_least": 50},
         {"step": "code_quality"},
         *DUPLICATES,
+        {"step": "pii"},
     ],
 }
 
@@ -68,12 +72,14 @@ def get_config(arg=""):
     config.sources = [source | {"repair": True, "licence": options["licence"]} for source in sources]
     steps = [{"step": "sample", "share": options["sample"]}] if options["sample"] < 1 else []
     steps += CHAINS[options["chain"]]
-    if options["evaluations"]:
-        steps.append({"step": "decontaminate", "paths": split_paths(options["evaluations"])})
     pii = options["pii"] or ("label" if options["chain"] == "web" else "none")
     if pii not in ("label", "none"):
         raise ConfigError(f"pii={pii!r} is unknown; known: label, none (pseudonyms: --config.steps.pii.replacement=pseudonym).")
-    if pii == "label":
-        steps.append({"step": "pii"})
+    place = steps.index({"step": "pii"})
+    if pii == "none":
+        steps.pop(place)
+        place = len(steps)
+    if options["evaluations"]:  # whose texts have no labels
+        steps.insert(place, {"step": "decontaminate", "paths": split_paths(options["evaluations"])})
     config.steps = steps
     return config

@@ -42,6 +42,8 @@ class Normalise(Transform):
     collapse_spaces: bool = setting(False, help="one space for runs of blanks within a line (bad for code and tables)")
     max_blank_lines: int = setting(2, help="blank lines in a row that are kept", at_least=0)
 
+    cuts = False
+
     def transform(self, documents, findings=None):
         """Returns (texts, {"changed": bool [n]}, removed): nothing that could be shown is cut out."""
         texts = [self.normalised(text) for text in documents.texts]

@@ -15,7 +15,7 @@ from llmos_jax.config import setting
 from llmos_jax.data.clean import pii_patterns as patterns
 from llmos_jax.data.clean.national_ids import NationalIds
 from llmos_jax.data.clean.pii_view import views
-from llmos_jax.data.clean.secrets import Secrets
+from llmos_jax.data.clean.secrets import Secrets, is_all_password
 from llmos_jax.data.clean.steps import Transform, register
 from llmos_jax.errors import ConfigError
 
@@ -56,7 +56,7 @@ class Pii(Transform):
     )
 
     libraries = ("phonenumbers", "python-stdnum")
-    version = 2
+    version = 3
 
     def __post_init__(self):
         super().__post_init__()
@@ -92,9 +92,11 @@ class Pii(Transform):
         names: of each text the name of its field, or "": a number behind "phone" is one where it is none by itself.
         """
         scan = scanner(self)
-        before = [f"{name}: " if name else "" for name in names or [""] * len(texts)]
+        names = names or [""] * len(texts)
+        before = [f"{name}: " if name else "" for name in names]
         found = scan.find_all([name + text for name, text in zip(before, texts, strict=True)])
-        return [scan.replace(*_behind(*each)) for each in zip(before, texts, found, strict=True)]
+        found = [_behind(*each) for each in zip(before, texts, found, strict=True)]
+        return [scan.replace(text, scan.of_field(name, text, each)) for name, (text, each) in zip(names, found, strict=True)]
 
 
 def _behind(name, text, findings):
@@ -146,6 +148,12 @@ class Scanner:
         """Yields the Findings in each text: many at once take less time, short ones much less."""
         for text, view in zip(texts, views(texts), strict=True):
             yield self._find(text, view)
+
+    def of_field(self, name, text, findings):
+        """Returns the Findings of a field of metadata: what is named a password is one with all its blanks."""
+        if name and "secret" in self._detectors and is_all_password(name, text) and not self._is_allowed("secret", text):
+            return [Finding(0, len(text), "secret", "secret")]
+        return findings
 
     def _find(self, text, view):
         found = [

@@ -15,11 +15,12 @@ from llmos_jax.errors import ConfigError
 # What is there and not seen: soft hyphen, zero-width space, word joiner, byte order mark.
 _UNSEEN = "\u00ad\u200b\u2060\ufeff"
 # Read backwards from the @.
-_LOCAL = re.compile(rf"[\w.!#$%&'*+/=?^`{{|}}~{_UNSEEN}-]{{1,64}}+|\"[^\"\s]{{1,62}}\"")
+_LOCAL = re.compile(rf"[\w.!#$%&'*+=?^`{{|}}~{_UNSEEN}-]{{1,64}}+|\"[^\"\s]{{1,62}}\"")
 _DOMAIN = re.compile(
     rf"[{_UNSEEN}]{{0,2}}(?:(?:[^\W_](?:[\w-]{{0,61}}[^\W_])?\.){{1,8}}(?:[^\W\d_]{{2,24}}|xn--[a-z0-9-]{{2,59}})(?!\w)"
     r"|\[(?:IPv6:)?[0-9A-Fa-f.:]{3,45}\])"
 )
+_DEFANGED = re.compile(r"[\w.-]{1,63}+(?: ?(?:\[\.\]|[\[({<] ?dot ?[\])}>]) ?[\w-]{2,24}+){1,4}", re.IGNORECASE)
 # Other ways of writing an @, and the dot: `name [at] host [dot] org`, `name%40host.org`, `name&#64;host.org`.
 _SPELT_AT = re.compile(r"[\[({<%&](?:(?<![%&]) ?at ?[\])}>] ?|(?<=%)40|(?<=&)(?:#0{0,2}64|#x0{0,2}40|commat);)")
 _SPELT_DOMAIN = re.compile(r"[\w-]{1,63}(?: ?(?:[\[({<] ?dot ?[\])}>]|&#46;|\.) ?[\w-]{2,24}){1,4}", re.IGNORECASE)
@@ -30,7 +31,7 @@ _SPOKEN = re.compile(
     re.IGNORECASE,
 )
 # What sentences, quotes and markup leave before an address.
-_NOT_FIRST = "'`*|{=/.&?~!#$%^-"
+_NOT_FIRST = "'`*|{=.&?~!#$%^-"
 _FILE_ENDINGS = frozenset(
     [
         "png",
@@ -51,10 +52,13 @@ _FILE_ENDINGS = frozenset(
         "dll",
         "exe",
         "zip",
-        "tar",
-        "gz",
-        "pdf",
     ]
+    + ["tar", "gz", "pdf", "conf", "service", "socket", "timer", "mount", "slice"]
+)
+# Endings that are countries, too, behind what is no name of a host: a version, a branch, a word of one letter or with a _.
+_COUNTRIES = frozenset(("md", "py", "so"))
+_NO_HOST = re.compile(
+    r"(?!.*\b(?:com|org|net|edu|go[bv])\.)(?:v?\d|.\.|\w*_|(?:main|master|head|trunk|latest|next|dev|stable|beta|test)\.)", re.I
 )
 
 
@@ -66,16 +70,16 @@ class Email:
         text = view.text
         place = text.find("@")
         while place >= 0:
-            domain = _DOMAIN.match(text, place + 1)
+            domain = _DOMAIN.match(text, place + 1) or _DEFANGED.match(text, place + 1)
             start = domain and self._start(text, place)
-            if domain and start < place and not self._is_other(text, domain):
+            if domain and start < place and not self._is_other(text, start, domain):
                 yield start, domain.end(), "email"
             place = text.find("@", place + 1)
         for mark in filter(None, (_SPELT_AT.match(view.lowered, place) for place in view.brackets)):
             domain = _SPELT_DOMAIN.match(text, mark.end())
             before = mark.start() - text.endswith(" ", 0, mark.start())
             start = domain and self._start(text, before)
-            if domain and start < before and not self._is_other(text, domain):
+            if domain and start < before and not self._is_other(text, start, domain):
                 yield start, domain.end(), "email"
         place = view.lowered.find(" dot ")
         while place >= 0:
@@ -90,7 +94,7 @@ class Email:
         value = unicodedata.normalize("NFKC", plain(value)).casefold()
         value = re.sub(f"[{_UNSEEN}]", "", value)
         value = re.sub(rf"\s*(?:{_SPELT_AT.pattern})\s*| at ", "@", value, count=1)
-        return re.sub(r"\s*[\[({<] ?dot ?[\])}>]\s*| dot |&#46;|\s", lambda m: "." if m[0].strip() else "", value)
+        return re.sub(r"\s*[\[({<] ?(?:dot|\.) ?[\])}>]\s*| dot |&#46;|\s", lambda m: "." if m[0].strip() else "", value)
 
     @staticmethod
     def _start(text, end):
@@ -104,9 +108,11 @@ class Email:
         return start
 
     @staticmethod
-    def _is_other(text, domain):
+    def _is_other(text, start, domain):
         # logo@2x.png; git@host:path, where what follows is no port, no sentence and no markup
         last = domain[0].rpartition(".")[2].lower()
+        if last in _COUNTRIES and text[start - 1 : start] != "/" and not _NO_HOST.match(domain[0]):
+            return False
         follows = text[domain.end() : domain.end() + 2]
         return last in _FILE_ENDINGS or (
             follows[:1] == ":" and follows[1:].isalpha() and text[domain.start() - 4 : domain.start()] == "git@"
@@ -116,14 +122,21 @@ class Email:
 # ---- IP addresses
 _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 _DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.", re.ASCII)
-_IPV4 = re.compile(rf"(?<![\w.+-])(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}(?![\w-]|\.\d)", re.ASCII)
+# A hyphen before or after it parts two of them, or belongs to something else.
+_IPV4 = re.compile(
+    rf"(?<![\w.+])(?<!(?<!\d\d\.\d)(?<!\d\.\d\d)(?<!\.\d\d\d)-)(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\d|-(?!{_OCTET}\.\d))",
+    re.ASCII,
+)
 # The first colon of what may be one, and what it may be.
 _FIRST_COLON = re.compile(r":(?<=[23fF][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]")
 _IPV6 = re.compile(r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?![\w:]|\.\d)", re.ASCII)
 # Elsewhere hexadecimal words before "::" (Add::, Face::b) would be addresses.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _LOCAL_UNICAST = ipaddress.ip_network("fc00::/6")
-_VERSION = re.compile(r"(?:version|release|firmware|build|ver|rev|section|§|chapter|oid)[.:\s#=v\"']{0,4}\Z", re.IGNORECASE)
+_VERSION = re.compile(
+    r"(?:version|release|firmware|build|section|§|chapter|(?-i:Ver|Rev)|(?<![a-z])(?:ver|rev|oid))[.:\s#=(v\"']{0,4}\Z",
+    re.IGNORECASE,
+)
 # Four small numbers are a version or a section more often than an address, unless something says so.
 _SMALL = re.compile(r"(?:[12]?\d\.){3}[12]?\d")
 _PORT = re.compile(r":\d{2,5}(?![\w:])", re.ASCII)
@@ -146,7 +159,7 @@ class IpAddress:
         """Yields (start, end, "ip")."""
         text = view.text
         for dots in _DOTS.finditer(text):
-            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 5)
+            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 10)
             if match and match.start() < dots.start() and self._is_meant(match[0]) and not _is_version(text, match):
                 yield match.start(), match.end(), "ip"
         done = 0
@@ -175,7 +188,7 @@ class IpAddress:
 
 # ---- payment cards and accounts
 # Groups of digits with the same separator between them, once or twice.
-_CARD = bounded(r"\d{4}([ ._-]{1,2})\d{4}\1\d{4}\1\d{3,4}(?:\1\d{3})?|3\d{3}([ ._-]{1,2})\d{6}\2\d{4,5}|\d{12,19}")
+_CARD = bounded(r"\d{4}([ ._/-]{1,2})\d{4}\1\d{4}\1\d{3,4}(?:\1\d{3})?|3\d{3}([ ._/-]{1,2})\d{6}\2\d{4,5}|\d{12,19}")
 # Issuer ranges (prefix, lengths). Twelve to fourteen digits are also much else: these need a word.
 _ISSUERS = re.compile(
     r"4\d{15}(?:\d{3})?|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}|3(?:0[0-5]|[68]\d|09)\d{11}"
@@ -218,7 +231,7 @@ def luhn(digits):
     return total % 10 == 0
 
 
-_IBAN = re.compile(r"[A-Za-z]{2}\d{2}(?:[ -]?[A-Za-z0-9]{4}){2,7}(?:[ -]?[A-Za-z0-9]{1,3})?(?!\w)", re.ASCII)
+_IBAN = re.compile(r"[A-Za-z]{2}\d{2}(?:[ .-]?[A-Za-z0-9]{4}){2,7}(?:[ .-]?[A-Za-z0-9]{1,3})?(?!\w)", re.ASCII)
 # Before a run of digits: the country, the check digits, the letters of a bank, maybe the word itself.
 _BEFORE_IBAN = re.compile(r"(?<![A-Za-z0-9_-])(?:iban)?(?=[a-z]{2}\d\d)", re.ASCII | re.IGNORECASE)
 
@@ -250,7 +263,7 @@ class Iban:
                 if self._is_valid(compact(text[match.start() : end])):
                     yield match.start(), end, "iban"
                     break
-                end = max(text.rfind(" ", match.start(), end), text.rfind("-", match.start(), end))
+                end = max(text.rfind(mark, match.start(), end) for mark in " .-")
 
     @staticmethod
     def normal(value):
@@ -260,14 +273,22 @@ class Iban:
 
 # ---- phone numbers
 # Nothing is tried twice (possessive throughout): digits, then groups of digits with or without parentheses.
-# An extension may follow.
+# An extension may follow. Behind a comma that stands after digits a number begins only where four precede it: 1,415,555.
 _PHONE = re.compile(
-    r"(?<![\w.,])(?<!\d[-/])(?:\+|\(\+|\()?+\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+(?!(?!x\d)\w|[-.,/]\d)",
+    r"(?<!\w)(?<!\d[-/])(?:\(?\+|(?<!\d\.)(?<!(?<!\d{4})(?<=\d),)\(?)\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+"
+    r"(?!(?!x\d)\w|[-./]\d)",
     re.ASCII,
 )
+# A form that no other number has, to be found among others: behind a date, an item's number, a field's comma, another one.
+_NORTH_AMERICAN = re.compile(
+    r"[(2-9](?<![\w+=-].)(?<!\d\..)(?<!(?<!\d{4})/.)(?:(?<=\()[2-9]\d\d\) ?|(?<!\()\d\d-)[2-9]\d\d-\d{4}(?!\w|[-.]\d)", re.ASCII
+)
+# What stands between two numbers of which the first is known to be one.
+_BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}", re.IGNORECASE)
 _PHONE_WORD = re.compile(
-    r"(?:(?<![^\W_])(?:tel|telephone|phone|mobile|mob|cell|fax|call|dial|whatsapp|sms|text|ring|t[eé]l[eé]phone|tel[eé]fono|telefon"
-    r"|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact)(?:[ _-]?(?:number|num|no|nr))?(?![^\W_])"
+    r"(?:(?<![^\W_])(?:tels?|(?:cell|work|home|office|mobile|user|tele)?phones?|ph|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
+    r"|ring|t[eé]l[eé]phone|tel[eé]fono|(?:mobil)?telefon|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact"
+    r"|ruf(?=n)|msisdn|тел|телефон|моб|мобильный)(?:[ _-]?(?:numbers?|num|nummer|no|nr))?(?![^\W_])"
     r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
     re.IGNORECASE,
 )
@@ -304,14 +325,22 @@ class Phone:
 
     def find(self, view):
         """Yields (start, end, "phone")."""
-        text, done = view.text, 0
+        text, done, last = view.text, 0, 0
         for start, end in view.runs:
             place = max(done, start - 5)
             for match in _PHONE.finditer(text, place, end + 2):
+                if match.start() >= end:
+                    break  # of the next run
                 digits = sum(map(str.isdigit, match[0]))
-                if 7 <= digits <= 17 and self._is_phone(text, match, digits):
-                    yield match.start(), match.end(), "phone"
+                is_next = last and _BETWEEN.fullmatch(text, last, match.start())
+                if 7 <= digits <= 17 and self._is_phone(text, match, digits, bool(is_next)):
+                    last = match.end()
+                    yield match.start(), last, "phone"
                 done = match.end()
+            for match in _NORTH_AMERICAN.finditer(text, max(last, start - 1), end + 2):
+                if self._is_valid(match[0], "US"):
+                    last = match.end()
+                    yield match.start(), last, "phone"
 
     def normal(self, value):
         """Returns a number as +41446681800: in the region of its form, else in the first of `regions` where it is written so.
@@ -327,14 +356,14 @@ class Phone:
                 return self._library.format_number(self._library.parse(number, region), self._library.PhoneNumberFormat.E164)
         return compact(value)
 
-    def _is_phone(self, text, match, digits):
+    def _is_phone(self, text, match, digits, is_next):
         number = _without_trunk(match[0])
         if number[0] == "+":
             return self._is_valid(number, None)
         if _DATE.fullmatch(number):
             return False
-        is_named = _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
-        if not is_named and text[match.start() - 1 : match.start()] == "=":
+        is_named = is_next or _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
+        if not is_named and text[max(0, match.start() - 1) : match.start()] in ("=", "."):
             return False
         region = _region_of(number)
         if region:
@@ -389,13 +418,13 @@ def _region_of(number):
 
 
 # ---- street addresses
-_NAME = r"(?:[A-Z][\w'’.-]{0,24}|of|de|la|del|the) "
+_NAME = r"(?:[A-Z][\w'’.-]{0,24}|of|de|la|del|the|\d{1,3}(?:st|nd|rd|th|ST|ND|RD|TH)) "
 _STREETS = (
     "Street|St|Avenue|Ave|Road|Rd|Boulevard|Blvd|Lane|Ln|Drive|Dr|Court|Ct|Place|Pl|Square|Sq|Terrace|Ter|Way|Parkway|Pkwy"
-    "|Highway|Hwy|Circle|Cir|Trail|Trl|Crescent|Close|Alley|Plaza|Row|Mews|Gardens|Grove|Hill|Ridge|Walk|Heights|Turnpike|Expressway|Freeway"
+    "|Highway|Hwy|Circle|Cir|Trail|Trl|Crescent|Close|Alley|Plaza|Row|Mews|Gardens|Grove|Hill|Ridge|Walk|Heights|Turnpike|Expressway|Freeway|STREET|AVENUE|AVE|ROAD|BOULEVARD|BLVD"
 )
 _ENGLISH = (
-    rf"[0-9]{{0,4}}[A-Za-z]? (?=[A-Zdlot])(?:{_NAME}){{1,4}}(?:{_STREETS})\b\.?"
+    rf"[0-9]{{0,4}}[A-Za-z]? (?=[A-Zdlot1-9])(?:{_NAME}){{1,4}}(?:{_STREETS})\b\.?"
     r"(?:,? (?:Apt|Suite|Ste|Unit|Flat|#)\.? ?\w{1,6})?"
 )
 # Looked for backwards from a house number: " 12" behind one of these.

@@ -62,7 +62,7 @@ _IS_CAPITAL = _is_one_of(_LETTERS.upper())
 _ENDS_STREET = _is_one_of("e.zgrmtnldfa")
 _NOT_BEFORE_NUMBER = _is_one_of("_.,/-0123456789" + _LETTERS + _LETTERS.upper())
 _AFTER_NUMBER = _is_one_of(" ," + _LETTERS + _LETTERS.upper())
-_AFTER_SPACE = _is_one_of("dlotrabcpq" + _LETTERS.upper())
+_AFTER_SPACE = _is_one_of("dlotrabcpq123456789" + _LETTERS.upper())
 # No Romance address has more characters from its first letter to its number.
 _LONGEST_ADDRESS = 200
 

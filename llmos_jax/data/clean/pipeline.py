@@ -31,7 +31,7 @@ from llmos_jax.data.clean.reading import (
     source_names,
 )
 from llmos_jax.data.clean.runner import ProcessRunner
-from llmos_jax.data.clean.steps import parse_steps
+from llmos_jax.data.clean.steps import Transform, check_order, parse_steps
 from llmos_jax.data.sources import SourceConfig, list_files
 from llmos_jax.errors import ConfigError, DataError
 
@@ -59,6 +59,7 @@ class PrepareConfig:
     def __post_init__(self):
         if not self.sources:
             raise ConfigError("sources is empty: name at least one.")
+        check_order(self.steps)
         names = source_names(self.sources)
         unknown = [name for name in self.augment.sources if name not in names]
         if unknown:
@@ -161,9 +162,8 @@ def _read(config, objects, runner, log):
 
 def _guarded(messages, steps):
     """Returns messages, which may quote what was read, without what steps `protect`: log and manifest are files, too."""
-    for step in steps:
-        if getattr(step, "protect", None):
-            messages = step.protect(list(messages))
+    for step in _guards(steps):
+        messages = step.protect(list(messages))
     return messages
 
 
@@ -180,10 +180,14 @@ def _guarded_errors(steps):
     try:
         yield
     except DataError as error:
-        if not any(getattr(step, "protect", None) for step in steps):
+        if not _guards(steps):
             raise
         (message,) = _guarded([str(error)], steps)
         raise DataError(message) from None
+
+
+def _guards(steps):
+    return [step for step in steps if getattr(step, "protect", None)]
 
 
 def _stages(steps):
@@ -210,13 +214,14 @@ class _Plan:
 
     def __init__(self, config, objects, runner, shards, names, log):
         self.objects, self.runner, self.shards, self.names, self.log = objects, runner, shards, names, log
-        self.layers, self.states = [[] for _ in shards], [None] * len(shards)
+        self.layers, self.states, self.guards = [[] for _ in shards], [None] * len(shards), []
         self.attributes, self.emitted = [[] for _ in shards], {}
         sizes = {"documents": sum(s.documents for s in shards), "utf8_bytes": sum(s.utf8_bytes for s in shards)}
         self.funnel = [{"step": "read", "documents_in": None, "utf8_bytes_in": None, "removed": {}} | sizes]
 
     def run(self, steps, following):
         """Takes all shards through a stage; it emits for the global steps `following`."""
+        guards = self.guards if any(isinstance(step, Transform) for step in steps) else []
         trees = to_plain(steps)
         is_global = bool(steps) and steps[0].is_global
         findings = self._exchange(steps[0], trees[0]) if is_global else [None] * len(self.shards)
@@ -230,11 +235,13 @@ class _Plan:
                 "steps": trees,
                 "findings": findings[number],
                 "following": to_plain(following),
+                "guards": to_plain(guards),
             }
             # Findings count by what they say of the shard, not by what all shards together gave.
             inputs = arguments | {"findings": digests[number]}
-            key = fingerprint([inputs, [step.fingerprint for step in (*steps, *following)]])
+            key = fingerprint([inputs, [step.fingerprint for step in (*steps, *following, *guards)]])
             tasks.append(Task("stage", f"stages/{key}.json", arguments | {"key": key}, shard.utf8_bytes))
+        self.guards = self.guards + _guards(steps)
         results = self.runner.run(tasks, ", ".join(step.name for step in steps) or "looking")
         for number, step in enumerate(following):
             self.emitted[step.name] = [result["emitted"][number] for result in results]
@@ -255,7 +262,7 @@ class _Plan:
                 "layers": self.layers[number],
                 "state": self.states[number],
                 "attributes": self.attributes[number],
-                "guards": to_plain([step for step in steps if getattr(step, "protect", None)]),
+                "guards": to_plain(_guards(steps)),
             }
             key = fingerprint([arguments, [step.fingerprint for step in steps], output.VERSION])
             tasks.append(Task("write", f"output/{key}.json", arguments | {"key": key}, shard.utf8_bytes))

@@ -32,6 +32,8 @@ _KNOWN = {
     "whsec_": r"whsec_[0-9A-Za-z]{24,64}",
     "sk-ant-": r"sk-ant-[0-9A-Za-z_-]{32,128}",
     "sk-proj-": r"sk-proj-[0-9A-Za-z_-]{32,180}",
+    "sk-svcacct-": r"sk-svcacct-[0-9A-Za-z_-]{32,180}",
+    "sk-or-v1-": r"sk-or-v1-[0-9a-f]{48,64}",
     "sk-": r"sk-(?!ant-|proj-)[0-9A-Za-z]{32,64}",
     "hf_": r"hf_[0-9A-Za-z]{34}",
     "gsk_": r"gsk_[0-9A-Za-z]{52}",
@@ -65,8 +67,8 @@ _BEFORE_BODY, _LONGEST_KEY = 300, 20_000
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.\[-])")
 
 # ---- names that say what the value behind them is
-_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contrase?a", "senha")
-_NAMES = (*_PASSWORD_NAMES, "token", "key")
+_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contrase?a", "senha", "kennwort", "mot de passe")
+_NAMES = (*_PASSWORD_NAMES, "wachtwoord", "l?senord", "has?o", "pass", "token", "key")
 # A view's small letters are ASCII, with a ? for each other letter; names without any are looked for in the text.
 _OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
 # A key needs a word before it that says whose.
@@ -88,7 +90,14 @@ _OPTION = re.compile(r"(?<![\w-])--[\w-]{0,28}\Z")
 # A line of a shell script or an .env file, up to its value; it may be a comment.
 _SETTING = re.compile(r"\s*(?:[#;] ?)?(?:export |set |ENV )?[A-Z][A-Z0-9_]*=|(?:export )?[a-z][\w-]*=", re.ASCII)
 _TAG = re.compile(r"<[\w:-]{0,39}\Z")
-_PROSE_IS = re.compile(r"(?:is|was|=) ", re.IGNORECASE)
+_PROSE_IS = re.compile(r"(?:(?:of|for|to) (?:[\w'-]{1,20} ){1,5})?(?:is|was|=)(?: |\r?\n)", re.IGNORECASE)
+# A field of such a name holds nothing but a password. `pass` is also what a test does, and a way through a loop.
+_FIELD = re.compile(
+    r"(?:\A|_)(?:pass(?:word|wd|phrase|code|wort)|pwd|kennwort|mot_de_passe|contrase.a|senha|wachtwoord|пароль|密码|(pass))(?:_?\d{1,2})?\Z",
+    re.IGNORECASE,
+)
+_LONG_PASS = 16
+_PASS, _VALUE = re.compile(r"[_-]?\d?", re.ASCII), re.compile(r"[\"'`\]\\]{0,3}\s{0,3}:[ \t\"'`\\]{0,4}([^\s\"'`]{6,100})")
 _ENCLOSED = re.compile(r"[^\s()]{6,100}\)")
 _QUOTED = re.compile(r"[rbfu]?\\?([\"'`])((?:(?!\1)[^\s\\]|\\[^\s\"'`]){6,300})\\?\1")
 _BARE = re.compile(r"[^\s\"'`<]{6,300}")
@@ -235,6 +244,8 @@ def _value_behind(text, lowered, name, place):
     separator = _SEPARATOR.match(text, rest.end())
     if not separator:
         return None
+    if name == "pass" and not _is_named_pass(text, place, rest, separator["sign"]):
+        return None
     start, is_for_people, is_named = separator.end(), name not in ("token", "key"), True
     if separator["space"]:  # --password VALUE, the password is VALUE, password VALUE
         is_option = _OPTION.search(text, max(0, place - 30), place)
@@ -253,6 +264,34 @@ def _value_behind(text, lowered, name, place):
         return quoted.span(2) if _is_literal(quoted[2], is_for_people, separator["sign"]) else None
     bare = _BARE.match(text, start)
     return _bare_value(text, start, bare[0], is_for_people, is_named) if bare else None
+
+
+def _is_named_pass(text, place, rest, sign):
+    """Whether `pass` at a place is the name of a password: not a part of a word, nor what a test says of itself (PASS: a2)."""
+    before = text[place - 1 : place] if place else ""
+    is_joined = before in ("_", "-") or (before.islower() and text[place] == "P")  # db_pass, dbPass
+    if rest[1] or not _PASS.fullmatch(rest[2]) or (before.isalpha() and not is_joined):
+        return False
+    if sign != ":" or is_joined or text.startswith("PASS", place):
+        return sign is not None and (sign != ":" or is_joined)
+    value = _VALUE.match(text, rest.end())
+    value = value[1].rstrip(".,;:)") if value else ""
+    return _kinds(value) >= 3 or (len(value) >= _LONG_PASS and is_random(value))
+
+
+def _kinds(value):
+    """Returns of how many kinds the characters of a value are: small letters, capitals, digits, signs that no name has."""
+    return sum((bool(re.search("[a-z]", value)), bool(re.search("[A-Z]", value)), bool(re.search("[0-9]", value)),
+                bool(_HARD_SYMBOL.search(value))))  # fmt: skip
+
+
+def is_all_password(name, value):
+    """Whether the value of a field of metadata is a password in whole, blanks and all."""
+    field = _FIELD.search(name)
+    if not field or not value.strip() or _STAND_IN.search(value) or (field[1] and not _is_password(value)):
+        return False
+    letters = re.sub(r"[\W\d_]", "", value)
+    return not letters or not _is_of_no_words(letters.lower())
 
 
 def _bare_value(text, start, value, is_for_people, is_named):

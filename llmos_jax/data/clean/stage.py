@@ -59,18 +59,18 @@ class ShardTexts:
         self.utf8_bytes[covered] = arrays["utf8_bytes"][covered]
 
 
-def run_stage(objects, shard, layers, state, steps, findings, following, key):
+def run_stage(objects, shard, layers, state, steps, findings, following, guards, key):
     """Runs steps on a shard up to the next one that needs all shards, and emits what that one looks at.
 
     shard: name of its documents. layers: names of changed texts so far. state: name of the reasons so far, or None.
     steps: settings. findings: [name, start, stop] of the records of the first step, where that is global, or None.
-    following: settings of the global steps to emit for.
+    following: settings of the global steps to emit for. guards: settings of the earlier steps that `protect`.
     Returns {"layers", "state", "attributes": [[step, name]], "funnel": [an entry per step], "emitted": {"name", "bytes"} for
     each of these}.
     """
     texts = ShardTexts(objects, shard, layers)
     reasons = objects.read_arrays(state)["reasons"].astype(object) if state else np.full(len(texts.utf8_bytes), "", object)
-    attributes, funnel, seen = [], [], []
+    attributes, funnel, seen, guards = [], [], [], [*parse_steps(guards)]
     for number, step in enumerate(parse_steps(steps)):
         found = None
         if findings and number == 0:
@@ -83,8 +83,10 @@ def run_stage(objects, shard, layers, state, steps, findings, following, key):
             values = _annotate(objects, name, step, texts, reasons, found, attributes)
             _decide(step, values, reasons)
         else:
-            name = name.replace("attributes", "layers", 1)
-            _transform(objects, name, step, texts, reasons, found, attributes)
+            own = [] if step.protect else guards
+            name = f"layers/{fingerprint([name, *(guard.fingerprint for guard in own)])}"
+            _transform(objects, name, step, texts, reasons, found, attributes, own)
+            guards += [step] if step.protect else []
         attributes.append([step.name, f"{name}.npz"])
         seen.append(step.fingerprint)
         funnel.append(_funnel_entry(step, texts, reasons, before))
@@ -170,11 +172,12 @@ def _decide(step, values, reasons):
             reasons[place] = f"{step.name}: {reason}"
 
 
-def _transform(objects, name, step, texts, reasons, found, earlier):
+def _transform(objects, name, step, texts, reasons, found, earlier, guards):
     held, places = missing(objects, f"{name}.npz", reasons, f"{name}.parquet")
     if len(places) or held is None:
         documents = _chosen(objects, texts, places, step, earlier)
         new, values, removed = step.transform(documents, *_own(found, places))
+        new = _protected(new, documents.texts, guards)
         changed = [None if a == b else a for a, b in zip(new, documents.texts, strict=True)]
         columns = {"place": places.astype(np.int32), "text": changed, "removed": list(removed)}
         if held is not None:
@@ -187,6 +190,18 @@ def _transform(objects, name, step, texts, reasons, found, earlier):
         objects.write_arrays(f"{name}.npz", held, f"{name}.parquet")
     texts.push(name)
     reasons[(reasons == "") & held["is_blank"]] = f"{step.name}: {EMPTIED}"
+
+
+def _protected(new, old, guards):
+    """Returns the texts that a step made, those that it changed without what guards find: what it joined may be a datum."""
+    places = [place for place, (a, b) in enumerate(zip(new, old, strict=True)) if a is not b and a != b]
+    chosen = [new[place] for place in places]
+    for guard in guards:
+        chosen = guard.protect(chosen)
+    new = list(new)
+    for place, text in zip(places, chosen, strict=True):
+        new[place] = text
+    return new
 
 
 def _joined(old, new):

@@ -125,8 +125,10 @@ class Transform(Step, abc.ABC):
     """A step that changes texts. A text that becomes blank is removed for the reason `emptied`."""
 
     # Or `protect(texts, names=None)`: what of texts, in fields of these names, may be in any file of the dataset, be it
-    # removed text or metadata.
+    # removed text or metadata. Steps behind it see protected text alone, and what they make of it is protected again.
     protect = None
+    # Whether text goes that says what the text around it is: such a step can't stand before one that protects.
+    cuts: typing.ClassVar[bool] = True
 
     @abc.abstractmethod
     def transform(self, documents, findings=None):
@@ -216,6 +218,21 @@ def parse_steps(trees, path="steps"):
         seen[step.name] = number
         steps.append(step)
     return tuple(steps)
+
+
+def check_order(steps, path="steps"):
+    """Raises ConfigError where a step cuts texts before one that protects them: the number behind a "phone:" that is gone is
+    none to anybody who looks for it."""
+    cutting = None
+    for step in steps:
+        if getattr(step, "protect", None):
+            if cutting:
+                raise ConfigError(
+                    f"{path}: {cutting.name!r} cuts texts before {step.name!r} has looked at them, and what it leaves of "
+                    f"personal data may not be known as such any more: put {step.name!r} before it."
+                )
+        elif isinstance(step, Transform) and step.cuts:
+            cutting = cutting or step
 
 
 def findings_of(findings, start, stop):

@@ -44,11 +44,17 @@ def email(rng):
     locale = rng.choice(["en_US", "de_DE", "fr_FR", "pl_PL", "pt_BR"])
     fake = faker(locale)
     plain = rng.choice([fake.ascii_free_email, fake.ascii_company_email, fake.company_email, fake.free_email])()
-    form = rng.randrange(9)
+    form = rng.randrange(12)
     local, domain = plain.split("@")
     if form == 8:
         mark = rng.choice(["\uff20", "@\u200b", "%40", "&#64;", "(at)", " AT "])
         return f"{local}{mark}{domain.replace('.', ' DOT ') if mark == ' AT ' else domain}", ""
+    if form == 9:
+        return f"{local}@{domain.partition('.')[0]}{rng.choice(['.com.py', '.py', '.md', '.so', '.edu.so'])}", "Write to "
+    if form == 10:
+        return f"{local}@{domain.replace('.', '[.]')}", ""
+    if form == 11:
+        return plain, rng.choice(["https://a12.com/", "//host.de/u/"])
     if form == 0:
         return f"{local}+news@{domain}", ""
     if form == 1:
@@ -72,7 +78,23 @@ def phone(rng):
             break
     forms = phonenumbers.PhoneNumberFormat
     named = rng.choice(["Phone: ", "Tel. ", "call me at ", "mobile ", "Fax: ", "Telefon: ", "WhatsApp "])
-    form = rng.randrange(7)
+    form = rng.randrange(9)
+    if form == 8:
+        body = str(number.national_number)
+        if region != "US":
+            return phonenumbers.format_number(number, forms.E164), rng.choice(
+                ["Anna,", "17,", "17,x,", "T.", "tel.", "Fax,", "3 "]
+            )
+        return rng.choice([f"({body[:3]}) {body[3:6]}-{body[6:]}", grouped(body, (3, 3, 4), "-")]), rng.choice(
+            ["Anna,", "17,", "2024-01-05 10:00:00 ", "2024-01-05 ", "1. ", "id 12345 ", "Tel.", "12 ", "112,9, "]
+        )
+    if form == 7:
+        national = phonenumbers.format_number(number, forms.NATIONAL)
+        bare = national if region == "DE" else str(number.national_number)
+        return bare.replace(" ", "-"), rng.choice(
+            ["Cellphone: ", "workphone=", "Phones: ", "Ph: ", "Rufnummer ", "Mobiltelefon ", "Handynummer: ", "Telefonnummer: "]
+            + ["mobil ", "Telefoonnummer ", "\u0442\u0435\u043b. ", "home phone ", "phone,"]
+        )
     if form == 6:
         national = phonenumbers.format_number(number, forms.NATIONAL)
         if region == "FR":
@@ -107,7 +129,21 @@ def ip(rng):
             break
     if rng.random() < 0.6:
         text = ".".join(map(str, octets))
-        return text, rng.choice(["", "from ", "client ", "http://", "[", "IP: "])
+        return text, rng.choice(
+            [
+                "",
+                "from ",
+                "client ",
+                "http://",
+                "[",
+                "IP: ",
+                "nameserver ",
+                "Server: ",
+                "DNS server ",
+                "web-server=",
+                "receiver ",
+            ]
+        )
     groups = [f"2{rng.randrange(0x400, 0xA00):03x}", *(f"{rng.randrange(1, 65536):x}" for _ in range(7))]
     if rng.random() < 0.5:
         return f"{groups[0]}:{groups[1]}:{groups[2]}::{groups[3]}", rng.choice(["", "from "])
@@ -137,7 +173,7 @@ def credit_card(rng):
     sizes = {16: (4, 4, 4, 4), 15: (4, 6, 5), 14: (14,), 19: (4, 4, 4, 4, 3)}[length]
     if length == 15 and rng.random() < 0.3:
         sizes = (4, 4, 4, 3)
-    separator = rng.choice(["", " ", "-", "\u00a0", "\u2013", ".", "  ", "\u202f", "_"])
+    separator = rng.choice(["", " ", "-", "\u00a0", "\u2013", ".", "  ", "\u202f", "_", "/"])
     return grouped(number, sizes, separator), rng.choice(["", "Visa ", "paid with "])
 
 
@@ -155,7 +191,7 @@ def iban(rng):
         body = "".join(rng.choice(string.ascii_uppercase) for _ in range(letters)) + digits(rng, length - 4 - letters)
         number = int("".join(str(int(c, 36)) for c in body + country + "00"))
         text = f"{country}{98 - number % 97:02d}{body}"
-    spaced = rng.choice([" ", "-", "\u00a0"])
+    spaced = rng.choice([" ", "-", "\u00a0", "."])
     spellings = [text, grouped(text, (4,) * 9, spaced).strip(spaced), text.lower()]
     return rng.choice(spellings), rng.choice(["", "IBAN: ", "account ", "IBAN"])
 
@@ -338,6 +374,40 @@ LOOKALIKES = {
     "retina": lambda rng: f"icons/logo{rng.randrange(99)}@2x.png",
     "package": lambda rng: f"npm install react@{rng.randrange(20)}.{rng.randrange(20)}.{rng.randrange(9)}",
     "git": lambda rng: "git clone git@github.com:owner/repository",
+    "file of a country": lambda rng: rng.choice(
+        [
+            f"icon{rng.randrange(9)}@{rng.randrange(2, 5)}x.md",
+            f"libz@{rng.randrange(9)}.{rng.randrange(9)}.so",
+            "@scope/file.py",
+        ]
+        + [
+            "docs/guide@latest.md",
+            "README@main.md",
+            f"img/b@v{rng.randrange(9)}.py",
+            "conf/site@app_config.py",
+            "getty@tty.service",
+        ]
+    ),
+    "other version": lambda rng: (
+        rng.choice(["ver. ", "ver ", "Rev. ", 'AssemblyVersion("', "appVer=", "softwareVersion: ", "OID ", "firmware "])
+        + ".".join(str(rng.randrange(1, 223)) for _ in range(4))
+    ),
+    "csv": lambda rng: ",".join(
+        [f"row{rng.randrange(99)}", digits(rng, 10), digits(rng, 3), digits(rng, 7), f"{digits(rng, 2)}.{digits(rng, 6)}", "x"]
+    ),
+    "csv isbn": lambda rng: f"Title,{_isbn(rng)[5:]},{rng.randrange(99)}",
+    "csv order": lambda rng: f"{digits(rng, 2)},{digits(rng, 3)}-{digits(rng, 7)}-{digits(rng, 7)},{digits(rng, 2)}",
+    "thousands": lambda rng: f"{rng.randrange(1, 9)},{digits(rng, 3)},{digits(rng, 3)},{digits(rng, 4)} of them",
+    "dashed part": lambda rng: rng.choice(
+        [f"No. 1-{digits(rng, 3)}-555-{digits(rng, 5)}", f"{digits(rng, 3)}-{digits(rng, 3)}-{digits(rng, 5)}"]
+        + [
+            f"x=415-555-{digits(rng, 4)}",
+            f"415-555-{digits(rng, 4)}-7",
+            f"2.415-555-{digits(rng, 4)}",
+        ]
+    ),
+    "degrees": lambda rng: f"{rng.uniform(-80, 80):.6f},{rng.uniform(-170, 170):.6f}",
+    "disk": lambda rng: rng.choice(["100 GB HARD DRIVE", "3 MAIN ROADS", "5 Things", "12 4th graders", "7 1st Avenues"]),
     "version": lambda rng: f"version {rng.randrange(9)}.{rng.randrange(20)}.{rng.randrange(20)}.{rng.randrange(99)}",
     "oid": lambda rng: "1.3.6.1.4.1." + str(rng.randrange(9999)),
     "bad octet": lambda rng: f"{rng.randrange(256, 999)}.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)}",

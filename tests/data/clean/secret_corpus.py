@@ -101,7 +101,7 @@ def symbol_value(rng):
 
 _NAMES = [
     "password", "passwd", "db_password", "DB_PASSWORD", "userPassword", "MYSQL_ROOT_PASSWORD", "smtp-password", "pwd",
-    "secret", "client_secret", "clientSecret", "SECRET_KEY", "passphrase",
+    "secret", "client_secret", "clientSecret", "SECRET_KEY", "passphrase", "DB_PASS", "smtp_pass", "dbPass", "Kennwort",
 ]  # fmt: skip
 _TOKEN_NAMES = [
     "api_key", "apiKey", "API-KEY", "auth_token", "ACCESS_TOKEN", "accessToken", "access_key", "private_key", "token",
@@ -116,7 +116,16 @@ _HEADERS = ['curl -H "Authorization: Bearer {}" https://api.corp.net', "Authoriz
             "X-Api-Key: {}", 'headers={{"Authorization": "Bearer {}"}}']  # fmt: skip
 _COMMANDS = ["--password {} --host a", "tool --password={} run", "curl -u bob:{} https://a.b/c", "mysql -u root -p{} main",
              "sshpass -p {} ssh bob@a", "login --token {}", "curl --user bob:{} https://a.b/c"]  # fmt: skip
-_IN_PROSE = ["the password is {}", "My password: {}", "(password {})", "password is '{}'"]
+_IN_PROSE = [
+    "the password is {}",
+    "My password: {}",
+    "(password {})",
+    "password is '{}'",
+    "Kennwort: {}",
+    "mot de passe : {}",
+    "The password of the old account is {}",
+    "The password is\n{}",
+]
 _XML = ["<{0}>{1}</{0}>"]
 
 
@@ -180,6 +189,9 @@ _CODE = [
     "secret_key_base: <%= ENV['KEY'] %>", "passwordField.setText(value)", "token_count = 128000", "max_tokens: 4096",
     "password_length: 16", '<input type="password" name="password1">', "token == Token.IDENTIFIER2",
     "auth_token=auth.token(user_id2)", "secretName: tls-certificate-2024", "token_url: https://a.b/oauth2/token",
+    "PASS: tests/test-2.sh", "PASS: test_parse2", "pass: 12 of 15 tests", "first pass: optimise2_loops", "bypass=mode2_fast",
+    '{"pass": "12ms"}', "passes = run_passes2()", "compass: north2_west", "second pass: see figure2b", "pass_rate=0.95123",
+    "boarding pass: B4423-2024", "pass  # noqa: S110", "pass = pass + 1",
     "key: ctrl+shift+p", "sort_key = item.name2", "public_key = ssh-rsa", "password_file: /run/secrets/db2",
     "PASSWORD_FILE=/run/secrets/x1", "token.type = TokenType.NUMBER", '"token_type": "bearer"', "key_size: 2048",
     '"password": {"type": "string"}', "passwd = pwd.getpwnam(name).pw_passwd", "pwd = os.getcwd()", "pwd=$(pwd)",

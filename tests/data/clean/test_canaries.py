@@ -3,12 +3,15 @@
 import contextlib
 import json
 import pathlib
+import random
+import string
 
 import numpy as np
 import pyarrow.parquet
 import pytest
 
 from llmos_jax import api
+from llmos_jax.api import load_prepare_settings
 from llmos_jax.config import parse
 from llmos_jax.data.clean import pii_audit
 from llmos_jax.data.clean.dataset import collect_garbage, open_dataset
@@ -19,6 +22,11 @@ from tests.data.clean import pii_corpus
 
 URL_HOST = "77.12.9.200"
 FILLER = "The quick brown fox jumps over the lazy dog and runs home again. " * 10
+KEY_BLOCK = "-----BEGIN PRIVATE KEY-----\n" + "\n".join(
+    "".join(random.Random(n).choices(string.ascii_letters, k=64)) for n in range(4)
+)
+KEY_BLOCK += "\n-----END PRIVATE KEY-----"
+LABEL = "If you would like to speak with somebody of our company about this matter, please call the phone number:"
 
 
 def content_of(folder):
@@ -132,7 +140,7 @@ def test_metadata_are_read_with_the_names_of_their_fields_and_numbers_as_digits(
         "password": ("hR7$kk29!pQx", "[SECRET]"),
         "api_key": ("9f8a7b6c5d4e3f2a1b0c9d8e", "[SECRET]"),
         "user": ({"homePhone2": 4155552671, "phones": [["4155552672"]]}, {"homePhone2": "[PHONE]", "phones": [["[PHONE]"]]}),
-        "phones": ({"4155552673": True}, {"4155552673": True}),
+        "phones": ({"4155552673": True}, {"[PHONE]": True}),
         "mobile": ({"4155552674": {"of": "me"}}, {"[PHONE]": {"of": "me"}}),
         "id12": ("DE89370400440532013000", "[IBAN]"),
         "bob@corp-mail.org": ("eve@corp-mail.org", "[EMAIL]"),
@@ -170,6 +178,66 @@ def test_the_log_holds_no_planted_datum(tmp_path, on_corrupt, caplog):
         assert "bad.jsonl" in log and [datum for datum in data if datum in log] == expected
         if error:
             assert [datum for datum in data if datum in str(error.value)] == expected
+
+
+@pytest.mark.parametrize(
+    "cutting",
+    [
+        [{"step": "c4_lines", "needs_end_mark": False}],
+        [{"step": "boilerplate"}],
+        [{"step": "repeated_paragraphs"}, {"step": "length"}],
+        [{"step": "repeated_paragraphs", "unit": "line"}, {"step": "c4_lines"}, {"step": "length", "at_least": 10_000}],
+    ],
+    ids=str,
+)
+def test_what_is_cut_takes_no_context_from_a_datum(tmp_path, cutting):
+    """The mark before a key, the words before a number: gone in the text that is kept, or in the file of what was cut."""
+    rng = random.Random(7)
+    words = ["".join(rng.choices(string.ascii_lowercase, k=6)) for _ in range(500)]
+    filler = [" ".join(rng.choices(words, k=60)) for _ in range(4)]
+    numbers = ["4155552671", "4155552672"]
+    texts = [f"{filler[n]}.\n\n{LABEL}\n\n{number}" for n, number in enumerate(numbers)]
+    texts += [
+        f"{filler[2]}.\n{KEY_BLOCK}\n{filler[3]}. My social security number is\n219099998\nand my password is\nTr0ub4dor&3x"
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = {"sources": [{"path": str(file)}], "workers": 1, "steps": [{"step": "normalise"}, {"step": "pii"}, *cutting]}
+    prepare_dataset(parse(PrepareConfig, config), tmp_path / "out", log=lambda line: None)
+    version = open_dataset(tmp_path / "out")
+    write_dataset_report(version.directory / "report.html", version)
+    assert {row["step"] for row in version.iterate("cut")} >= {"pii", cutting[0]["step"]}
+    assert not survivors(version.directory, [*numbers, "219099998", "Tr0ub4dor", *KEY_BLOCK.split("\n")[1:-1]])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_what_a_cut_joins_is_looked_at_again(tmp_path, workers):
+    """A number three lines behind its word is none until the lines between them go; sizes are those of what is kept."""
+    text = "You can reach us by telephone:\n{}\n4155552671 is what to dial.\n"
+    between = "We have read the privacy policy and the terms of use with all that is in them."
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{n} of them. " + text.format(between)}) + "\n" for n in range(20)))
+    config = {"sources": [{"path": str(file)}], "workers": workers, "shard_bytes": 500}
+    steps = [{"step": "pii"}, {"step": "c4_lines", "needs_end_mark": False}]
+    only = prepare_dataset(parse(PrepareConfig, config | {"steps": steps[:1]}), tmp_path / "out", log=lambda line: None)
+    assert all("4155552671" in row["text"] for row in only.iterate())
+    version = prepare_dataset(parse(PrepareConfig, config | {"steps": steps}), tmp_path / "out", log=lambda line: None)
+    kept = list(version.iterate())
+    assert [row["text"].split("\n")[1] for row in kept] == ["[PHONE] is what to dial."] * 20
+    assert version.manifest["funnel"][-1]["utf8_bytes"] == sum(len(row["text"]) for row in kept)
+    # The same steps without the first one are not served from what was found with it.
+    plain = prepare_dataset(parse(PrepareConfig, config | {"steps": steps[1:]}), tmp_path / "out", log=lambda line: None)
+    assert all("4155552671" in row["text"] for row in plain.iterate())
+
+
+def test_a_step_that_cuts_is_refused_before_one_that_protects():
+    steps = [{"step": "normalise"}, {"step": "boilerplate"}, {"step": "length"}, {"step": "pii"}]
+    with pytest.raises(ConfigError, match="'boilerplate' cuts texts before 'pii'.*put 'pii' before it"):
+        parse(PrepareConfig, {"steps": steps})
+    for chain in ("text", "web", "code", "none"):
+        settings, _ = load_prepare_settings(f"experiments/prepare.py:data=a,chain={chain},pii=label,evaluations=b")
+        names = [step.step for step in settings.steps]
+        assert names.index("decontaminate") + 1 == names.index("pii")
 
 
 def test_without_the_step_they_are_all_there(planted, tmp_path):

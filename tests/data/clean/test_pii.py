@@ -95,6 +95,33 @@ def test_every_national_id(name):
         ('password = "correcthorsebattery"', "correcthorsebattery", "secret"),
         ("log in (password Rachel1994) and", "Rachel1994", "secret"),
         ("(password SHA256)", "SHA256", None),
+        ("phone: 4155552671,4155552672", "4155552672", "phone"),
+        ("phone: 415-555-2671/415-555-2672", "415-555-2672", "phone"),
+        ("415-555-2671,415-555-2672", "415-555-2671", "phone"),
+        ("415-555-2671,415-555-2672", "415-555-2672", "phone"),
+        ("Phone,+1 415 555 2671,Fax,+1 415 555 2672,x", "+1 415 555 2672", "phone"),
+        ("call 4155552671 or 4155552672 now", "4155552672", "phone"),
+        ("order 4155552671,4155552672", "4155552672", None),
+        ("81.2.69.142-81.2.69.150", "81.2.69.150", "ip"),
+        ("81.2.69.142-81.2.69.150", "81.2.69.142", "ip"),
+        ("lib-81.2.69.142", "81.2.69.142", None),
+        ("the server 9.9.9.9 answered", "9.9.9.9", "ip"),
+        ("in ver. 81.2.69.142", "81.2.69.142", None),
+        ("see https://a12.com/u5@x.com", "u5@x.com", "email"),
+        ("john [at] company[.]com", "john [at] company[.]com", None),
+        ("lives at 123 5th Avenue in", "123 5th Avenue", "address"),
+        ("45 West 34th Street", "45 West 34th Street", "address"),
+        ("AT 123 MAIN STREET SINCE", "123 MAIN STREET", "address"),
+        (
+            "sk-svcacct-abcDEF123456ghiJKL789012mnoPQR345678stuVWX",
+            "sk-svcacct-abcDEF123456ghiJKL789012mnoPQR345678stuVWX",
+            "secret",
+        ),
+        ("use sk-or-v1-" + "0123456789abcdef" * 4, "sk-or-v1-" + "0123456789abcdef" * 4, "secret"),
+        ("pass: Tr0ub4dor&3", "Tr0ub4dor&3", "secret"),
+        ("PASS: Tr0ub4dor2", "Tr0ub4dor2", None),
+        ("contraseña: Verano2024!", "Verano2024!", "secret"),
+        ("пароль: Leto2024!", "Leto2024!", "secret"),
         (f"cut off: {_KEY}{_LINES}\nnext", f"{_KEY}{_LINES}", "secret"),
         (f"as '{_KEY}\\n{_LINES[-60:]}' in JSON", f"{_KEY}\\n{_LINES[-60:]}", "secret"),
         (f"{_KEY}\\nMIIEpA\\n{_KEY.replace('BEGIN', 'END')}", f"{_KEY}\\nMIIEpA\\n{_KEY.replace('BEGIN', 'END')}", "secret"),
@@ -217,7 +244,10 @@ HOSTILE = (
     "eyJ-", "-eyJaaaaaaaaa.", "api_key='", "token:", "secret   ", "://a:", "[at]", "a [at] b ", "1 A ", "12 Aaaa Bbbb ",
     "Straße 1 ", "A-a ", "Via ", "Via de la ", "1 rue ", " ", "\n", "bsn 123456 ", "İ", "bearer ", "4111 1111 1111 ",
     "2024-01-15 ", '"@', "\ud800", "1---", "a@xn--", "@a.b.", "token=key=", "tokenkey", "password=passwords",
-    "a dot ", "a at b dot ", "authorization:", "mysql -p", "curl -u a", "{{ a", "A-A-Straße 1 ",
+    "a dot ", "a at b dot ",
+    "415-555-", "(415) 555-", "1,4155", "4155552671,", "tel 4155552671,", "a@b[.]", "a@b [dot] ", "a@a.md",
+    "81.2.69.142-", "pass:", "pass: a", "db_pass=", "password of a ", "password of a is\n", "12 5th ", "4111/1111/",
+    "DE12.1234.", "authorization:", "mysql -p", "curl -u a", "{{ a", "A-A-Straße 1 ",
 )  # fmt: skip
 
 
@@ -249,3 +279,30 @@ def test_joined_words_are_no_secret_and_with_something_else_they_are(value):
 def test_the_name_of_a_field_counts_and_stays_out_of_the_text(name):
     texts = Pii().protect(["4155552671", "bob@site.org", "nothing", ""], [name, "eve@site.org", name, name])
     assert texts == ["[PHONE]" if name == "phone" else "4155552671", "[EMAIL]", "nothing", ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("password", "Tr0ub4dor & 3 horses", "[SECRET]"),
+        ("db_Password", "correct horse battery staple 9", "[SECRET]"),
+        ("auth_pass", "Sommer2024!", "[SECRET]"),
+        ("password", "12345678", "[SECRET]"),
+        ("password", "<your password>", "<your password>"),
+        ("password", "true", "true"),
+        ("password_hint", "the name of a horse", "the name of a horse"),
+        ("pass", "yes, all", "yes, all"),
+        ("server", "81.2.69.142", "[IP]"),
+        ("phones", "415-555-2671,415-555-2672", "[PHONE],[PHONE]"),
+        ("cellphone", "4155552671", "[PHONE]"),
+        ("mobil", "01711234567", "[PHONE]"),
+        ("Telefonnummer", "0171-1234567", "[PHONE]"),
+    ],
+)
+def test_fields_of_metadata(name, value, expected):
+    assert Pii().protect([value], [name]) == [expected]
+
+
+def test_a_field_that_is_a_password_follows_the_settings():
+    assert Pii(classes=("email",)).protect(["Tr0ub4dor & 3 horses"], ["password"]) == ["Tr0ub4dor & 3 horses"]
+    assert Pii(allow=("Tr0ub4dor.*",)).protect(["Tr0ub4dor & 3 horses"], ["password"]) == ["Tr0ub4dor & 3 horses"]
