@@ -3,7 +3,7 @@
 import contextlib
 import os
 
-from llmos_jax.data.fields import METADATA_CHARACTERS, PassedOver, check_names, read_record, too_long, too_much
+from llmos_jax.data.fields import METADATA_CHARACTERS, PassedOver, check_names, read_record, shown, too_long, too_much
 from llmos_jax.data.files import is_remote, missing_extra
 from llmos_jax.errors import DataError
 
@@ -106,11 +106,16 @@ def _columns(file, schema, text_key):
     DataError names a file without the column of texts, or with two columns of one name.
     """
     if text_key not in schema.names:
-        raise DataError(f"{file} has no column {text_key!r} (text_key); it has {', '.join(schema.names)}.")
+        raise DataError(f"{file} has no column {text_key!r} (text_key); it has {', '.join(map(shown, schema.names))}.")
     check_names(file, schema.names)
     kept = [field.name for field in schema if field.name == text_key or _is_plain(field.type)]
-    passed_over = [PassedOver(f"metadata: {f.name[:40]!r} is {str(f.type)[:40]}") for f in schema if f.name not in kept]
+    passed_over = [PassedOver(f"metadata: {shown(f.name)!r} is {_kind(f.type)}") for f in schema if f.name not in kept]
     return kept, passed_over
+
+
+def _kind(kind):
+    """Returns a type as messages name it; of a long one, which holds names of fields, what it is alone."""
+    return str(kind) if len(str(kind)) <= 40 else str(kind).partition("<")[0]
 
 
 def _is_plain(kind):

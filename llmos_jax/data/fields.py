@@ -10,6 +10,8 @@ from llmos_jax.errors import DataError
 # Longer values are content, not metadata; deeper ones are a document of their own.
 METADATA_CHARACTERS = 2000
 _DEPTH = 16
+# Longer names are not quoted in messages.
+_LONGEST_NAME = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ def check_names(file, names):
     """Raises DataError for a file with two columns of one name: no record could hold both."""
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise DataError(f"{file} has {names.count(twice)} columns named {twice[:40]!r}: rename them, so that none is lost.")
+        raise DataError(f"{file} has {names.count(twice)} columns named {shown(twice)!r}: rename them, so that none is lost.")
 
 
 def too_long(where, limit):
@@ -59,9 +61,17 @@ def too_long(where, limit):
     return DataError(f"{where} is longer than {limit} bytes (max_document_bytes).")
 
 
+def shown(name):
+    """Returns a name that a file holds as messages quote it: whole, or its length alone.
+
+    Half of an address is none to the steps that take such out of messages.
+    """
+    return name if len(name) <= _LONGEST_NAME else f"({len(name)} characters)"
+
+
 def too_much(name):
     """Returns the PassedOver for a value that is too long for metadata. name: its field's."""
-    return PassedOver(f"metadata: {name[:40]!r} of more than {METADATA_CHARACTERS} characters")
+    return PassedOver(f"metadata: {shown(name)!r} of more than {METADATA_CHARACTERS} characters")
 
 
 class _TooLargeError(Exception):
@@ -71,7 +81,7 @@ class _TooLargeError(Exception):
 def _text(record, source, where):
     """Returns (text, how it was repaired) of a record; DataError says what stands there instead."""
     if not isinstance(record, dict) or source.text_key not in record:
-        known = ", ".join(map(_unicode, record)) if isinstance(record, dict) else type(record).__name__
+        known = ", ".join(shown(_unicode(name)) for name in record) if isinstance(record, dict) else type(record).__name__
         raise DataError(f"{where} has no {source.text_key!r} (text_key); it has {known}.")
     text = record[source.text_key]
     if isinstance(text, bytes):

@@ -4,12 +4,13 @@ import codecs
 import collections
 import csv
 import io
+import itertools
 import json
 import re
 import sys
 
 from llmos_jax.data.encodings import LineDecoder
-from llmos_jax.data.fields import PassedOver, check_names, read_record, too_long
+from llmos_jax.data.fields import PassedOver, check_names, read_record, shown, too_long
 from llmos_jax.data.files import DAMAGE
 from llmos_jax.errors import DataError
 
@@ -17,6 +18,22 @@ _CHUNK = 1 << 20
 _PIECE = 1 << 16
 # Records of one line each that a CSV file must begin with, for the line after a damaged one to be taken for a record.
 _SURE = 10
+
+
+class _TwiceError(ValueError):
+    """An object names a field twice: one of the values would be lost."""
+
+
+def _object(pairs):
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in record if names.count(name) > 1)
+        raise _TwiceError(f"names {shown(twice)!r} twice: rename one, so that none is lost")
+    return record
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_jsonl(file, source, limit):
@@ -49,14 +66,16 @@ def _json_record(line, source, file, number, decoder):
     where, metadata = f"{file}, line {number}", None
     try:
         try:
-            record = json.loads(line)
+            record = _JSON.decode(line.decode(json.detect_encoding(line), "surrogatepass"))
         except UnicodeDecodeError:
             if not source.repair:
                 raise
             text, metadata = decoder.decode(line, where)
-            record = json.loads(text)
+            record = _JSON.decode(text)
     except DataError as error:
         return (error,)
+    except _TwiceError as error:
+        return (DataError(f"{where} {error}."),)
     except (ValueError, RecursionError) as error:
         return (DataError(f"{file} is damaged near line {number}: {error}."),)
     return read_record(record, f":{number}", source, where, metadata)
@@ -80,14 +99,18 @@ def read_json(file, source, limit):
     number = 0
     with file.open() as stream:
         for number, value in enumerate(_values(file, stream, limit), 1):
-            yield from read_record(value, f":{number}", source, f"{file}, record {number}")
+            where = f"{file}, record {number}"
+            if isinstance(value, _TwiceError):
+                yield DataError(f"{where} {value}.")
+            else:
+                yield from read_record(value, f":{number}", source, where)
     if not number:
         yield PassedOver("files without any record")
 
 
 def _values(file, stream, limit):
-    """Yields the JSON values that stand one after another in a stream, or in the array that it is."""
-    decoder, parse = codecs.getincrementaldecoder("utf-8-sig")(), json.JSONDecoder().raw_decode
+    """Yields the JSON values that stand one after another in a stream, or in the array that it is; or a _TwiceError for one."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
     between, text, place, number, is_end = re.compile(r"[\s,]*"), "", 0, 0, False
     is_array = None
     while True:
@@ -102,7 +125,7 @@ def _values(file, stream, limit):
         try:
             if place == len(text):
                 raise ValueError("an array is not closed" if is_array else "nothing follows")
-            value, place = parse(text, place)
+            value, place = _next_value(text, place)
         except (ValueError, RecursionError) as error:
             if is_end:
                 if place == len(text) and not is_array:
@@ -120,11 +143,20 @@ def _values(file, stream, limit):
         yield value
 
 
+def _next_value(text, place):
+    """Returns the value that begins at a place, or the _TwiceError that it is, and where it ends."""
+    try:
+        return _JSON.raw_decode(text, place)
+    except _TwiceError as error:
+        return error, json.JSONDecoder().raw_decode(text, place)[1]
+
+
 def read_csv(file, source, limit):
     """Yields the records of a CSV file, or of a TSV file: its first line names the fields.
 
-    A record with more or fewer of them is bad. Where a quote is wrong, later records are read only if no record before it
-    went over several lines, for then it can't be told where the next one begins: DataError names what is not read.
+    A record with more or fewer of them is bad; a value without a name is passed over. Where a quote is wrong, later records are
+    read only if no record before it went over several lines, for then it can't be told where the next one begins: DataError
+    names what is not read.
     """
     csv.field_size_limit(min(sys.maxsize, (1 << 31) - 1))
     delimiter = "\t" if file.stem.endswith(".tsv") else ","
@@ -146,11 +178,11 @@ def read_csv(file, source, limit):
                 break
             lines.note_record()
             if names is None and row:
-                names = [name.strip("\ufeff") for name in row]
+                names = [name.strip("\ufeff") if name.strip() else "" for name in row]
                 if lines.is_long or source.text_key not in names:
                     count = f"its first line has {len(names)} fields, none of that name"
                     raise DataError(f"{file} has no column {source.text_key!r} (text_key): {count}.")
-                check_names(file, names)
+                check_names(file, [name for name in names if name])
             elif row:
                 number += 1
                 yield from _row(file, number, row, names, lines, source, limit)
@@ -168,7 +200,11 @@ def _row(file, number, row, names, lines, source, limit):
         return lines.errors[:1]
     if len(row) != len(names):
         return (DataError(f"{where} has {len(row)} fields, its first line {len(names)}: one is cut, or lacks its quotes."),)
-    return read_record(dict(zip(names, row, strict=True)), f":{number}", source, where, lines.metadata)
+    record = dict(zip(names, row, strict=True))
+    unnamed = [value for name, value in zip(names, row, strict=True) if value and not name] if "" in record else ()
+    record.pop("", None)
+    left_out = [PassedOver("metadata: a value in a column without a name")] * len(unnamed)
+    return itertools.chain(left_out, read_record(record, f":{number}", source, where, lines.metadata))
 
 
 def _damaged_row(file, number, lines, error):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 
-from llmos_jax.data.fields import PassedOver, read_record
+from llmos_jax.data.fields import PassedOver, read_record, shown
 from llmos_jax.data.files import TFDS, list_path
 from llmos_jax.errors import ConfigError, DataError
 
@@ -92,7 +92,9 @@ def _features(folder, text_key):
     if text_key not in features:
         return None, tuple(features)
     kept = {name: feature for name, feature in features.items() if name == text_key or _is_plain(feature)}
-    left = [PassedOver(f"metadata: {name[:40]!r} is {type(features[name]).__name__}") for name in features if name not in kept]
+    left = [
+        PassedOver(f"metadata: {shown(name)!r} is {type(features[name]).__name__}") for name in features if name not in kept
+    ]
     return tfds.features.FeaturesDict(kept), left
 
 

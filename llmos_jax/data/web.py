@@ -5,7 +5,7 @@ import re
 import zlib
 
 from llmos_jax.data.encodings import charset_of, decode
-from llmos_jax.data.fields import PassedOver, too_long
+from llmos_jax.data.fields import PassedOver, shown, too_long
 from llmos_jax.data.files import DAMAGE, missing_extra
 from llmos_jax.errors import DataError
 
@@ -15,6 +15,8 @@ _LONGEST_LINE = 1 << 16
 _HEADERS = 1 << 18
 # Types of records that hold no page of their own.
 _OTHER_TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
+# Tags inside one another: the time that extraction takes is squared in them, and no page is written so.
+_DEEPEST = 512
 _GZIP = 31  # zlib's window bits for what has the header of gzip
 _BLANK = (b"", b"\r\n", b"\n")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
@@ -23,14 +25,22 @@ _HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 
 
 def html_text(data, source, where, label=None):
-    """Returns (text, metadata) of the bytes of a page. label: the encoding that its server names."""
+    """Returns (text, metadata) of the bytes of a page. label: the encoding that its server names.
+
+    DataError names a page that is not of its encoding, and one whose tags are nested too deep.
+    """
     try:
         from resiliparse.extract.html2text import extract_plain_text
+        from resiliparse.parse.html import HTMLTree
     except ImportError:
         raise missing_extra("resiliparse", where) from None
 
     page, metadata = decode(data, True, where, charset_of(data, label, where))
-    return extract_plain_text(page, main_content=source.main_content, preserve_formatting=True), metadata
+    tree = HTMLTree.parse(page)
+    # A page of few tags can't be deep.
+    if page.count("<") - page.count("</") > _DEEPEST and tree.document.query_selector(" > ".join("*" * (_DEEPEST + 1))):
+        raise DataError(f"{where} is nested more than {_DEEPEST} tags deep.")
+    return extract_plain_text(tree, main_content=source.main_content, preserve_formatting=True), metadata
 
 
 def read_warc(file, source, limit):
@@ -95,7 +105,7 @@ def _record(where, stream, line, most):
     headers = _headers(stream)
     length = headers.get("content-length", "")
     if not length.isdecimal():
-        return DataError(f"{where} has Content-Length {length[:20]!r}."), _next_record(stream, stream.readline(_LONGEST_LINE))
+        return DataError(f"{where} has Content-Length {shown(length)!r}."), _next_record(stream, stream.readline(_LONGEST_LINE))
     length = int(length)
     block = _read(stream, length if most is None else min(length, most))
     rest = _skip(stream, length - len(block)) if len(block) == most else length - len(block)
@@ -152,7 +162,7 @@ def _page(headers, block, source, where, limit):
     """Returns (text, metadata) of a record, or the DataError or PassedOver that it is."""
     kind, status = headers.get("warc-type", "").lower(), None
     if kind in _OTHER_TYPES or kind not in ("response", "resource", "conversion"):
-        return PassedOver(f"web archive: record of type {kind[:20]}")
+        return PassedOver(f"web archive: record of type {shown(kind)}")
     content_type = headers.get("content-type", "")
     if kind == "response":
         if not block.startswith(b"HTTP/"):
@@ -179,7 +189,7 @@ def _page(headers, block, source, where, limit):
         elif name.startswith(("text/", "application/xhtml")):
             text, metadata = html_text(block, source, where, label and label[1])
         else:
-            return PassedOver(f"web archive: content of type {name[:40]}")
+            return PassedOver(f"web archive: content of type {shown(name)}")
     except DataError as error:
         return error
     return (text, metadata) if text.strip() else PassedOver("web archive: page without text")

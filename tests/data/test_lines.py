@@ -7,6 +7,8 @@ import json
 import lzma
 import tracemalloc
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from tests.data.test_readers import read
@@ -142,6 +144,54 @@ def test_a_csv_file_with_two_columns_of_one_name_is_named(tmp_path):
     (tmp_path / "a.csv").write_text("id,text,text\n1,a,b\n")
     documents, bad = read(tmp_path / "a.csv")
     assert not documents and bad == [f"{tmp_path}/a.csv has 2 columns named 'text': rename them, so that none is lost."]
+
+
+def test_columns_without_a_name_are_no_two_of_one_name(tmp_path):
+    (tmp_path / "a.csv").write_text("text,,id, \na,,1,\nb,,2,\nc,x,3,y\n")  # as spreadsheets write what was emptied
+    passed_over = []
+    documents, bad = read(tmp_path / "a.csv", passed_over=passed_over)
+    assert not bad and documents == [(f"a.csv:{n}", text, {"id": str(n)}) for n, text in enumerate("abc", 1)]
+    assert passed_over == ["metadata: a value in a column without a name"] * 2
+
+
+def test_an_object_that_names_a_field_twice_is_bad(tmp_path):
+    lines = [
+        '{"text": "a", "meta": {"a": 1}}', '{"text": "lost", "id": 1, "text": "kept"}',
+        '{"text": "b", "meta": [{"a": 1, "a" : 1}]}', '{"text": "c"}',
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.json").write_text("[" + ",\n ".join(lines) + "]")
+    documents, bad = read(tmp_path)
+    assert [(key, text) for key, text, _ in documents] == [
+        (f"{name}:{n}", text) for name in ("a.jsonl", "b.json") for n, text in ((1, "a"), (4, "c"))
+    ]
+    assert bad == [
+        f"{tmp_path}/{name} {number} names '{field}' twice: rename one, so that none is lost."
+        for name in ("a.jsonl, line", "b.json, record") for number, field in ((2, "text"), (3, "a"))
+    ]  # fmt: skip
+    (tmp_path / "a.jsonl").write_bytes('{"text": "é", "text": "è"}'.encode("latin-1"))
+    documents, bad = read(tmp_path / "a.jsonl", repair=True)
+    assert not documents and len(bad) == 1 and "line 1 names 'text' twice" in bad[0]
+
+
+def test_names_are_quoted_whole_or_not_at_all(tmp_path):
+    """A step that takes addresses out of messages must see all of one."""
+    address = "the page of maximilian.mustermann@example-company.org"
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "a", address: "x" * 2500, "y" * 200: "x" * 2500}) + "\n" + json.dumps({address: 1, "z" * 200: 2})
+    )
+    (tmp_path / "b.csv").write_text(f"text,{address},{address}\n")
+    (tmp_path / "c.csv").write_text(f"text,{'y' * 200},{'y' * 200}\n")
+    table = pyarrow.table({"text": ["a"], address: [b""], "s": [{address: b""}]})
+    pyarrow.parquet.write_table(table, tmp_path / "d.parquet")
+    passed_over = []
+    _, bad = read(tmp_path, passed_over=passed_over)
+    assert passed_over == [
+        f"metadata: '{address}' of more than 2000 characters", "metadata: '(200 characters)' of more than 2000 characters",
+        f"metadata: '{address}' is binary", "metadata: 's' is struct",
+    ]  # fmt: skip
+    assert f"it has {address}, (200 characters)." in bad[0]
+    assert f"2 columns named '{address}'" in bad[1] and "2 columns named '(200 characters)'" in bad[2]
 
 
 def test_rows_of_another_width_than_the_first_are_bad(tmp_path):

@@ -192,3 +192,22 @@ def test_long_pages_are_named_packed_or_not(tmp_path):
     assert bad == [
         f"{tmp_path}/a.warc, record {number} is longer than 100000 bytes (max_document_bytes)." for number in (1, 2, 3)
     ]
+
+
+def test_pages_nested_very_deep_are_named(tmp_path):
+    """The time of extraction is squared in the depth: 30,000 took most of a minute."""
+    deep = b"<html><body>" + b"<div>" * 100_000 + b"end"
+    (tmp_path / "a.html").write_bytes(deep)
+    documents, bad = read(tmp_path / "a.html")
+    assert not documents and bad == [f"{tmp_path}/a.html is nested more than 512 tags deep."]
+    documents, bad = read_one(tmp_path, record(OK, deep) + RECORDS[0])
+    assert [key for key, _, _ in documents] == ["a.warc:2"] and bad == [
+        f"{tmp_path}/a.warc, record 1 is nested more than 512 tags deep."
+    ]
+    for depth, is_read in ((510, True), (511, False)):  # with html and body
+        (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<div>" * depth + b"words of it")
+        documents, bad = read(tmp_path / "a.html")
+        assert [text for _, text, _ in documents] == ["words of it"] * is_read and len(bad) == (not is_read)
+    (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<p>paragraph<br>of lines" * 5000)  # no end tag in all of it
+    documents, bad = read(tmp_path / "a.html")
+    assert not bad and documents[0][1].count("paragraph") == 5000

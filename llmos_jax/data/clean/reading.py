@@ -190,10 +190,6 @@ def _count(total, reason, count):
     total[reason] = total.get(reason, 0) + count
 
 
-class _TooManyBad(DataError):
-    """More is bad than the settings allow."""
-
-
 class _Bad:
     """Files and records that can't be read: named and counted, at most so many; and what is passed over, by reason."""
 
@@ -215,31 +211,33 @@ class _Bad:
 
 
 def _strict(message):
-    return _TooManyBad(f"{message} To go on without such records, set on_corrupt=skip.")
+    return DataError(f"{message} To go on without such records, set on_corrupt=skip.")
 
 
 def _too_many(count, most, first):
     are = "file or record is" if count == 1 else "files or records are"
-    return _TooManyBad(f"{count} {are} bad, more than max_corrupt={most}; the first: {first}")
+    return DataError(f"{count} {are} bad, more than max_corrupt={most}; the first: {first}")
 
 
 def _read_one(source, file, limit, bad):
-    count = 0
-    try:
-        for item in sources_lib.read_records(source, file, limit):
-            if isinstance(item, DataError):
-                bad.is_passing |= _is_passing(item)
-                bad.add(str(item))
-            elif isinstance(item, PassedOver):
-                bad.pass_over(item.reason)
-            else:
-                count += 1
-                yield item
-    except _TooManyBad:
-        raise
-    except DataError as error:
-        bad.is_passing |= _is_passing(error)
-        bad.add(f"{error} Its {count} documents before that are used." if count else str(error))
+    items, count = sources_lib.read_records(source, file, limit), 0
+    while True:
+        try:
+            item = next(items, None)
+        except DataError as error:
+            bad.is_passing |= _is_passing(error)
+            bad.add(f"{error} Its {count} documents before that are used." if count else str(error))
+            return
+        if item is None:
+            return
+        if isinstance(item, DataError):
+            bad.is_passing |= _is_passing(item)
+            bad.add(str(item))
+        elif isinstance(item, PassedOver):
+            bad.pass_over(item.reason)
+        else:
+            count += 1
+            yield item
 
 
 def _is_passing(error):

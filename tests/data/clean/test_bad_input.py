@@ -80,6 +80,7 @@ def test_what_is_said_of_the_policy_is_what_helps(tmp_path):
             with pytest.raises(DataError) as caught:
                 prepare_dataset(parse(PrepareConfig, tree | settings), tmp_path / out, log=quiet)
             assert helpful in str(caught.value) and useless not in str(caught.value)
+            assert type(caught.value) is DataError  # the name is shown
 
 
 def test_what_is_passed_over_is_in_the_manifest_and_the_report(tmp_path):
