@@ -103,7 +103,7 @@ class Engine:
         self.pool = PagePool(min(max(affordable, whole), rows * whole), size)
         self.scheduler = Scheduler(self.pool, self.settings.rows, self.settings.prefill_tokens)
         self.counts = collections.Counter()
-        self._row_ladder = _ladder(1, rows, 2)
+        self._row_ladder = _row_ladder(rows)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
         self._decode_ladder = _fine_ladder(self._page_ladder[0], whole)
         chunk = self.pool.pages_for(self.settings.prefill_tokens)
@@ -365,6 +365,15 @@ def _ladder(least, most, factor):
     while sizes[-1] < most:
         sizes.append(min(sizes[-1] * factor, most))
     return sizes
+
+
+def _row_ladder(most):
+    """Returns numbers of rows that have programs: 1, 2, 4, 8, 12, 16, 24, 32, ... to `most`.
+
+    A row of nobody costs as much as any other, above all where a CPU computes it.
+    """
+    sizes = [min(size, most) for power in range(most.bit_length() + 1) for size in (2**power, 3 * 2**power // 2)]
+    return sorted({size for size in sizes if size not in (3, 6) or size == most})
 
 
 def _fine_ladder(least, most):

@@ -18,7 +18,7 @@ from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import attention_paged, few_rows, gpt, llama
 from llmos_jax.models.rope import RopeConfig
-from llmos_jax.serve.engine import Engine, EngineConfig, _fine_ladder
+from llmos_jax.serve.engine import Engine, EngineConfig, _fine_ladder, _row_ladder
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
 
@@ -149,7 +149,10 @@ def test_no_program_copies_the_cache(made):
     assert kinds.keys() == {"prefill", "decode", "verify"}
 
 
-def test_sizes_of_contexts():
+def test_sizes_of_programs():
+    assert [_row_ladder(most) for most in (1, 2, 3, 4)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4]]
+    assert _row_ladder(6) == [1, 2, 4, 6] and _row_ladder(20) == [1, 2, 4, 8, 12, 16, 20]
+    assert _row_ladder(48) == [1, 2, 4, 8, 12, 16, 24, 32, 48]
     assert _fine_ladder(16, 64) == [16, 24, 32, 40, 48, 56, 64]
     assert _fine_ladder(1, 6) == [1, 2, 3, 4, 5, 6] and _fine_ladder(16, 10) == [10]
     sizes = _fine_ladder(16, 8192)
