@@ -60,6 +60,12 @@ class PrepareConfig:
         if not self.sources:
             raise ConfigError("sources is empty: name at least one.")
         check_order(self.steps)
+        guards = _guards(self.steps)
+        if guards and self.augment.is_active:
+            raise ConfigError(
+                f"augment changes copies of documents before {guards[0].name!r} looks at them, and what it leaves of personal "
+                "data may not be known as such any more: prepare without augment, then augment the dataset that comes out."
+            )
         names = source_names(self.sources)
         unknown = [name for name in self.augment.sources if name not in names]
         if unknown:

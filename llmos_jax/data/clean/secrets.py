@@ -74,7 +74,7 @@ _OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
 # A key needs a word before it that says whose.
 _KEY_OF = re.compile(r"(?:api|access|private|auth|secret|encryption|master|account|client|signing|deploy|service|aes)[ _-]?\Z")
 # The rest of a name: what may go on in the same word, and what says that the value is something about the credential.
-_REST = re.compile(r"([a-z]+|[A-Z]+(?![a-z])|)([\w-]{0,24})", re.ASCII)
+_REST = re.compile(r"([a-z]{1,12}+|[A-Z]{1,12}(?![a-z])|)([\w-]{0,24})", re.ASCII)
 _GOES_ON = frozenset(("", "s", "ord", "ords", "d", "ort", "key", "keys", "token", "value", "phrase", "text"))
 _IS_ABOUT = re.compile(
     r"(?:hash|hashed|ids?|type|name|file|path|dir|url|uri|endpoint|field|label|length|len|size|count|policy|prefix|suffix|regex|pattern"

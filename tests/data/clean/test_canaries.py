@@ -234,6 +234,8 @@ def test_a_step_that_cuts_is_refused_before_one_that_protects():
     steps = [{"step": "normalise"}, {"step": "boilerplate"}, {"step": "length"}, {"step": "pii"}]
     with pytest.raises(ConfigError, match="'boilerplate' cuts texts before 'pii'.*put 'pii' before it"):
         parse(PrepareConfig, {"steps": steps})
+    with pytest.raises(ConfigError, match="augment changes copies .* before 'pii'"):
+        parse(PrepareConfig, {"steps": [{"step": "pii"}], "augment": {"copies": 1}})
     for chain in ("text", "web", "code", "none"):
         settings, _ = load_prepare_settings(f"experiments/prepare.py:data=a,chain={chain},pii=label,evaluations=b")
         names = [step.step for step in settings.steps]

@@ -269,6 +269,13 @@ def test_words_that_say_no_secret_are_told_in_linear_time(piece, end):
     assert all(f.name == "secret" for f in scanner(Pii()).find(text))
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("word", ["password", "SECRET"])
+def test_a_word_of_nothing_but_names_takes_linear_time(word):
+    """What follows each name is looked at no further than names go on: who reads to the end of the word takes minutes."""
+    assert not find(word * (700_000 // len(word)))
+
+
 @pytest.mark.parametrize("value", ["mysecretpassword", "TOKENKEYS", "bcryptpasswordhere", "passwords_secrets"])
 def test_joined_words_are_no_secret_and_with_something_else_they_are(value):
     assert not find(f'password = "{value}"')
