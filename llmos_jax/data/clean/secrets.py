@@ -67,9 +67,10 @@ _BEFORE_BODY, _LONGEST_KEY = 300, 20_000
 _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.\[-])")
 
 # ---- names that say what the value behind them is
-_PASSWORD_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "contrase?a", "senha", "kennwort", "mot de passe")
-_NAMES = (*_PASSWORD_NAMES, "wachtwoord", "l?senord", "has?o", "pass", "token", "key")
+_NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "senha", "kennwort", "mot de passe", "wachtwoord")
+_NAMES += ("pass", "token", "key")
 # A view's small letters are ASCII, with a ? for each other letter; names without any are looked for in the text.
+_ACCENTED_NAMES = ("contrase?a", "l?senord", "has?o")
 _OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
 # A key needs a word before it that says whose.
 _KEY_OF = re.compile(r"(?:api|access|private|auth|secret|encryption|master|account|client|signing|deploy|service|aes)[ _-]?\Z")
@@ -175,8 +176,11 @@ class Secrets:
                     yield match.start(1), match.end(1), "secret"
         for name in _NAMES:
             yield from _assigned(text, lowered, lowered, name)
-        for name in () if text.isascii() else _OTHER_NAMES:
-            yield from _assigned(text, lowered, text, name)
+        if not text.isascii():
+            for name in _ACCENTED_NAMES:
+                yield from _assigned(text, lowered, lowered, name)
+            for name in _OTHER_NAMES:
+                yield from _assigned(text, lowered, text, name)
         yield from _sent(text, lowered)
         for command, pattern in _COMMANDS.items():
             if command in lowered:
