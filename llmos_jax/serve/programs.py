@@ -34,7 +34,7 @@ class Programs:
 
     def run(self, kind, weights, pools, rows, **static):
         """Runs "prefill", "decode" or "verify" and returns (outputs, pools); the pools given are used up."""
-        layout = tuple((name, x.shape, x.dtype.str) for name, x in sorted(rows.items()))
+        layout = layout_of(rows)
         key = (kind, layout, pools[0][0].shape, tuple(sorted(static.items())))
         if key not in self._compiled:
             self._compiled[key] = self._compile(kind, weights, pools, layout, static)
@@ -147,8 +147,13 @@ def _once_known(tokens, values):
     return jnp.where(tokens >= 0, values, 0)
 
 
+def layout_of(rows):
+    """Returns (name, shape, dtype) of each of a program's row arrays, in the order in which they are laid end to end."""
+    return tuple((name, x.shape, x.dtype.str) for name, x in sorted(rows.items()))
+
+
 def _unpacked(packed, layout):
-    """Returns {name: array} of what was laid end to end: (name, shape, dtype of 32 bits) of each."""
+    """Returns {name: array} of what was laid end to end, as `layout_of` says; all have 32 bits an element."""
     rows, start = {}, 0
     for name, shape, dtype in layout:
         stop = start + int(np.prod(shape))

@@ -18,6 +18,7 @@ from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import attention_paged, few_rows, gpt, llama
 from llmos_jax.models.rope import RopeConfig
+from llmos_jax.serve import cache, programs
 from llmos_jax.serve.engine import Engine, EngineConfig, _fine_ladder, _row_ladder
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.train.state import describe_model
@@ -271,6 +272,35 @@ def test_pages_read_where_they_lie_draw_the_same(monkeypatch):
     engine._pools = pools
     assert [row[:2] for row in engine.generate(*zip(*asked, strict=True))] == expected
     assert_empty(engine)
+
+
+@pytest.mark.slow
+def test_a_tpu_reads_pages_where_they_lie(monkeypatch):
+    """Decoding compiled for four TPU chips: a kernel a layer, no copy of the cache, nothing gathered but logits."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
+    from jax.experimental import topologies
+
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    placement = make_placement(MeshConfig(data=1, model=4), chips.devices)
+    config = llama.Config(vocab_size=4096, context=4096, width=1024, layers=2, heads=8, kv_heads=4, mlp=2048)
+    handle = describe_model(functools.partial(llama.build, config, placement), placement)
+    made = programs.Programs(handle, llama, config, 4096, [0], reads_pages=True)
+
+    def laid(shapes, shardings):
+        give = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+        return jax.tree.map(lambda x, sharding: give(x.shape, sharding=sharding), shapes, shardings)
+
+    blocks = jax.eval_shape(made.stages.split, handle.abstract["stack"]["blocks"])
+    shardings = made.stages.split_shardings(handle.shardings["stack"]["blocks"])
+    weights = laid(handle.abstract, handle.shardings), laid(blocks, shardings)
+    pool = jax.ShapeDtypeStruct((4, 2001, 16, 128), jnp.bfloat16, sharding=cache.pool_sharding(made.stages))
+    layout = programs.layout_of(programs.row_arrays([], 8, 1, 256, 4096))
+    text = made._compile("decode", weights, [(pool, pool)] * 2, layout, {"steps": 8}).as_text()
+    assert text.count("tpu_custom_call") == 2
+    assert "bf16[1,2001,16,128]" in text and not re.search(r"bf16\[1,2001,16,128\]\S* copy\(", text)
+    gathered = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text))
+    assert all(re.fullmatch(r"f32\[8,(1,)?4096\]", shape) for shape in gathered), gathered
 
 
 def test_log_probabilities_are_the_models_own(made):
