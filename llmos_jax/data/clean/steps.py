@@ -127,7 +127,7 @@ class Transform(Step, abc.ABC):
     # Or `protect(texts, names=None)`: what of texts, in fields of these names, may be in any file of the dataset, be it
     # removed text or metadata. Steps behind it see protected text alone, and what they make of it is protected again.
     protect = None
-    # Whether text goes that says what the text around it is: such a step can't stand before one that protects.
+    # Whether text goes that says what the text around it is, or parts it: such a step can't stand before one that protects.
     cuts: typing.ClassVar[bool] = True
 
     @abc.abstractmethod
@@ -228,8 +228,8 @@ def check_order(steps, path="steps"):
         if getattr(step, "protect", None):
             if cutting:
                 raise ConfigError(
-                    f"{path}: {cutting.name!r} cuts texts before {step.name!r} has looked at them, and what it leaves of "
-                    f"personal data may not be known as such any more: put {step.name!r} before it."
+                    f"{path}: {cutting.name!r} cuts or joins texts before {step.name!r} has looked at them, and what it leaves "
+                    f"of personal data may not be known as such any more: put {step.name!r} before it."
                 )
         elif isinstance(step, Transform) and step.cuts:
             cutting = cutting or step

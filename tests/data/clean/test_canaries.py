@@ -232,8 +232,11 @@ def test_what_a_cut_joins_is_looked_at_again(tmp_path, workers):
 
 def test_a_step_that_cuts_is_refused_before_one_that_protects():
     steps = [{"step": "normalise"}, {"step": "boilerplate"}, {"step": "length"}, {"step": "pii"}]
-    with pytest.raises(ConfigError, match="'boilerplate' cuts texts before 'pii'.*put 'pii' before it"):
+    with pytest.raises(ConfigError, match="'boilerplate' cuts or joins texts before 'pii'.*put 'pii' before it"):
         parse(PrepareConfig, {"steps": steps})
+    with pytest.raises(ConfigError, match="'normalise' cuts or joins texts before 'pii'"):
+        parse(PrepareConfig, {"steps": [{"step": "normalise", "form": "NFKC"}, {"step": "pii"}]})
+    parse(PrepareConfig, {"steps": [{"step": "pii"}, {"step": "normalise", "form": "NFKC"}]})
     with pytest.raises(ConfigError, match="augment changes copies .* before 'pii'"):
         parse(PrepareConfig, {"steps": [{"step": "pii"}], "augment": {"copies": 1}})
     for chain in ("text", "web", "code", "none"):

@@ -15,6 +15,7 @@ from llmos_jax.data.clean.decontaminate import Decontaminate
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.language import Language
 from llmos_jax.data.clean.normalise import Normalise
+from llmos_jax.data.clean.pii import Pii
 from llmos_jax.data.clean.sample import Sample
 from llmos_jax.data.clean.steps import Filter, apply_step, parse_steps, step_class, step_names
 from llmos_jax.data.clean.url import Url, host_of
@@ -37,7 +38,11 @@ def transformed(step, texts):
         ("plain text\nof lines", "plain text\nof lines"),
         ("a\r\nb\rc\x0bd\x0ce\u2028f", "a\nb\nc\nd\ne\nf"),
         ("trailing  \t\nblanks\t", "trailing\nblanks"),
-        ("a\x00b\x1bc\x7fd", "abcd"),
+        ("\x00a\x00b\x1b\x7fc \x1fd\x00\n\x00", "a\tb\tc d"),
+        ("é\x00b\x1b\u200b\x7fc \x1fd", "é\tb\tc d"),
+        ("so\xadft wo\u2060rd a\u200c\u200db f\u2061(x)", "soft word a\u200c\u200db f(x)"),
+        ("1\u200b+2 a\u200bb \u200bc jane\u200b@\u200ba\u200b.b ไทย\u200bคำ 1\ufeff2", "1\t+2 a\tb c jane@a.b ไทยคำ 1\t2"),
+        ("1\u200f\u200e2 a\u200e, \u202ab\u202c. 3\u2069+4", "1\t2 a, b. 3\t+4"),
         ("e\u0301\u200b\ufeff\xad\xa0x", "\xe9 x"),
         ("a\n\n\n\n\n\nb\n\n", "a\n\n\nb"),
         ("\ud800x", "\ufffdx"),
@@ -48,6 +53,19 @@ def test_normal_form(text, expected):
     step = Normalise()
     assert step.normalised(text) == expected
     assert step.normalised(expected) is expected
+
+
+def test_what_parts_fields_parts_them_still():
+    """Fused fields are no personal data to anybody who looks for it afterwards."""
+    hidden = ["\x01", "\x1f", "\x00\x02", "\x7f", "\u200b", "\u200b\u200e", "\u200e", "\u200f\x01", "\ufeff"]
+    for part in hidden:
+        for sign in ("", "é "):
+            data = ["Jane", "jane.roe@company.com", "4155552671", "+14155552671", "4111111111111111", "17"]
+            new = Normalise().normalised(sign + part.join(data))
+            assert new == sign + "\t".join(data)
+            assert Pii().protect([new]) == [sign + "Jane\t[EMAIL]\t4155552671\t[PHONE]\t[CREDIT_CARD]\t17"]
+    new = Normalise().normalised("4111 1111 1111 1111\xb3 415-555-2671\xb9")
+    assert Pii().protect([new]) == ["[CREDIT_CARD]\xb3 [PHONE]\xb9"]
 
 
 def test_normal_form_by_settings():
