@@ -1,6 +1,7 @@
 """Files of a source, here or behind a URL that fsspec knows, compressed or not; damage and early ends are errors."""
 
 import bz2
+import concurrent.futures
 import dataclasses
 import difflib
 import hashlib
@@ -17,6 +18,8 @@ from llmos_jax.errors import ConfigError, DataError
 TFDS, DATASET = "tfds:", "dataset:"  # what stands before a path that is more than a file
 # Bytes of compressed content that are taken at once, all of which give nothing where they are damaged; and of content.
 _CHUNK, _BUFFER = 1 << 14, 1 << 16
+# Of zstandard's, whose decoder gives all at once: four bytes can stand for a block of 128 kB, these for 64 MiB.
+_ZSTD_CHUNK = 1 << 11
 # Bytes of content that a decoder of bzip2 or xz gives at once. A block of bzip2 has 46 MB at most, its checksum behind it.
 _MOST_AT_ONCE = 1 << 26
 # What file systems far away call that which changes with a file's content, without marks between words.
@@ -26,6 +29,10 @@ _STAMPS = {
     "versionid",
 }  # fmt: skip
 _NO_MARKS = str.maketrans("", "", "-_ ")
+# Layers of an fsspec URL that keep copies of what lies behind them, without asking whether that has changed.
+_CACHES = ("simplecache", "filecache", "blockcache", "cached")
+# Questions for the facts of one file that are asked at once.
+_QUESTIONS = 32
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
@@ -76,12 +83,18 @@ class SourceFile:
         """Whether the file still is what it was when it was listed, as far as its size and its stamp tell."""
         if self.path.startswith(DATASET):
             return True
-        path = pathlib.Path(self.location)
         try:
-            (now,) = _list_remote(self.location) if is_remote(self.location) else list_local([path], path.parent)
+            now = self._facts_now()
         except (OSError, ConfigError):
             return False
-        return (now.size_bytes, now.stamp) == (self.size_bytes, self.stamp)
+        return now == (self.size_bytes, self.stamp)
+
+    def _facts_now(self):
+        if not is_remote(self.location):
+            return _local_facts(self.location)
+        system, path = _file_system(self.location)
+        system.invalidate_cache()
+        return _remote_facts(system, path)
 
     def content_hash(self):
         """Returns the SHA-256 of the bytes as they lie there, 64 hex digits, or a word on why they can't be read.
@@ -105,9 +118,10 @@ class _Frames(io.RawIOBase):
     compare.)
     """
 
-    def __init__(self, raw, new_decoder, error):
-        self._raw, self._new_decoder, self._error = raw, new_decoder, error
+    def __init__(self, raw, new_decoder, error, chunk):
+        self._raw, self._new_decoder, self._error, self._chunk = raw, new_decoder, error, chunk
         self._decoder, self._rest, self._ready = None, b"", memoryview(b"")
+        self._has_zeros = self._has_frames = False
 
     def readable(self):
         return True
@@ -115,16 +129,19 @@ class _Frames(io.RawIOBase):
     def readinto(self, buffer):
         while not self._ready:
             if getattr(self._decoder, "needs_input", True):
-                data = self._rest or self._raw.read(_CHUNK)
+                data = self._rest or self._raw.read(self._chunk)
                 if not data:
                     if self._decoder is not None:
                         raise EOFError("the file ends inside a compressed frame")
+                    if self._has_zeros and not self._has_frames:
+                        raise EOFError("the file holds zeros and no compressed frame")
                     return 0
             else:
                 data = b""  # it has more than it gives at once
             if self._decoder is None and not (data := data.lstrip(b"\0")):  # what tapes are filled up with
-                self._rest = b""
+                self._rest, self._has_zeros = b"", True
                 continue
+            self._has_frames = True
             self._decoder = self._decoder or self._new_decoder()
             try:
                 self._ready = memoryview(self._decoder.decompress(data))
@@ -156,21 +173,26 @@ class _AtMost:
 
 
 def _decoder(path):
-    """Returns (maker of a decoder of one frame, what that raises on damage) of a compressed file, none of any other."""
+    """Returns (maker of a decoder of a frame, what that raises on damage, bytes it is given at once), none for plain files."""
     ending = next((ending for ending in _COMPRESSED if path.lower().endswith(ending)), None)
     if ending == ".gz":
-        return lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error
+        return lambda: zlib.decompressobj(16 + zlib.MAX_WBITS), zlib.error, _CHUNK
     if ending == ".bz2":
-        return lambda: _AtMost(bz2.BZ2Decompressor()), OSError
+        return lambda: _AtMost(bz2.BZ2Decompressor()), OSError, _CHUNK
     if ending == ".xz":
-        return lambda: _AtMost(lzma.LZMADecompressor(lzma.FORMAT_XZ)), lzma.LZMAError
+        return lambda: _AtMost(lzma.LZMADecompressor(lzma.FORMAT_XZ)), lzma.LZMAError, _CHUNK
     if ending is None:
         return None
     try:
         import zstandard
     except ImportError:
         raise missing_extra("zstandard", path) from None
-    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError
+    return lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, _ZSTD_CHUNK
+
+
+def empty(file):
+    """Returns the DataError for a SourceFile without content."""
+    return DataError(f"{file} is empty{' once it is decompressed' if file.size_bytes and _decoder(file.path) else ''}.")
 
 
 def is_remote(path):
@@ -233,11 +255,15 @@ def list_local(files, root):
     """Returns the SourceFiles of paths below `root`."""
     listed = []
     for file, key in zip(files, _keys([file.relative_to(root).as_posix() for file in files]), strict=True):
-        status = file.stat() if file.exists() else file.lstat()  # of a link to nothing: reading names it
-        # The time of the last change of the inode tells of new content under an old time of modification.
-        stamp = f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_mode:o}"
-        listed.append(SourceFile(str(file), key, status.st_size, stamp))
+        listed.append(SourceFile(str(file), key, *_local_facts(file)))
     return listed
+
+
+def _local_facts(path):
+    """Returns (size in bytes, stamp) of a file here."""
+    status = os.stat(path) if os.path.exists(path) else os.lstat(path)  # of a link to nothing: reading names it
+    # The time of the last change of the inode tells of new content under an old time of modification.
+    return status.st_size, f"{status.st_mtime_ns}-{status.st_ctime_ns}-{status.st_mode:o}"
 
 
 def _keys(names):
@@ -298,6 +324,8 @@ def _walk(root):
 
 
 def _list_remote(url):
+    while url.partition("::")[0] in _CACHES:
+        url = url.partition("::")[2]  # a copy of what has changed since is not what is asked for
     if "::" in url:
         raise ConfigError(f"data source {url!r}: chained URLs are not read; unpack what lies inside, and name that.")
     system, root = _file_system(url)
@@ -305,18 +333,32 @@ def _list_remote(url):
     if not system.exists(root):
         raise ConfigError(f"data source {url!r} does not exist.")
     is_file = system.isfile(root)
-    found = {root: system.info(root)} if is_file else system.find(root, detail=True)
     base = _parent(root) if is_file else root.rstrip("/")
-    listed = []
-    for path in sorted(found):
-        key, info = printable(path.removeprefix(base).lstrip("/")), found[path]
-        if not _is_hidden(key.split("/")):
-            info = info if info.get("size") is not None else system.info(path)  # links on a page tell no size
-            stamp = fingerprint(
-                {name: str(value) for name, value in info.items() if name.lower().translate(_NO_MARKS) in _STAMPS}
-            )
-            listed.append(SourceFile(system.unstrip_protocol(path), key, int(info.get("size") or 0), stamp))
-    return listed
+    keys = {path: printable(path.removeprefix(base).lstrip("/")) for path in ([root] if is_file else sorted(system.find(root)))}
+    keys = {path: key for path, key in keys.items() if not _is_hidden(key.split("/"))}
+    system.invalidate_cache()  # else the listing answers for its files
+    if system.async_impl:  # others need not bear threads
+        with concurrent.futures.ThreadPoolExecutor(_QUESTIONS) as threads:
+            facts = list(threads.map(lambda path: _remote_facts(system, path, True), keys))
+    else:
+        facts = [_remote_facts(system, path, True) for path in keys]
+    return [SourceFile(system.unstrip_protocol(path), keys[path], *of) for path, of in zip(keys, facts, strict=True)]
+
+
+def _remote_facts(system, path, is_listed=False):
+    """Returns (size in bytes, stamp) of a file far away; of a listed one that can't be asked for, what no file has.
+
+    Each file is asked for by itself, whoever asks: listings tell other facts of it (of S3: no version; on a page: no size).
+    """
+    try:
+        info = system.info(path)
+    except OSError:
+        if not is_listed:
+            raise
+        return 0, ""  # reading names it
+    told = {name: str(value) for name, value in info.items() if value is not None}
+    stamp = fingerprint({name: value for name, value in told.items() if name.lower().translate(_NO_MARKS) in _STAMPS})
+    return int(info.get("size") or 0), stamp
 
 
 def _file_system(url):

@@ -11,7 +11,7 @@ import sys
 
 from llmos_jax.data.encodings import LineDecoder
 from llmos_jax.data.fields import PassedOver, check_names, read_record, shown, too_long
-from llmos_jax.data.files import DAMAGE
+from llmos_jax.data.files import DAMAGE, empty
 from llmos_jax.errors import DataError
 
 _CHUNK = 1 << 20
@@ -59,7 +59,7 @@ def read_jsonl(file, source, limit):
             found = True
             yield from _json_record(line, source, file, number, decoder)
     if not found:
-        raise DataError(f"{file} is empty.")
+        raise empty(file)
 
 
 def _json_record(line, source, file, number, decoder):
@@ -188,7 +188,7 @@ def read_csv(file, source, limit):
                 yield from _row(file, number, row, names, lines, source, limit)
     if not number:
         if names is None:
-            raise DataError(f"{file} is empty.")
+            raise empty(file)
         yield PassedOver("files without any record")
 
 

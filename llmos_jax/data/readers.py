@@ -11,7 +11,7 @@ from llmos_jax.data.clean.dataset import read_verified
 from llmos_jax.data.columns import read_arrow, read_parquet
 from llmos_jax.data.encodings import decode, has_mark, repair_mojibake
 from llmos_jax.data.fields import too_long
-from llmos_jax.data.files import DAMAGE, DATASET, TFDS, is_remote
+from llmos_jax.data.files import DAMAGE, DATASET, TFDS, empty, is_remote
 from llmos_jax.data.lines import read_csv, read_json, read_jsonl
 from llmos_jax.data.tfds_files import read_tfds
 from llmos_jax.data.web import html_text, read_warc
@@ -53,7 +53,7 @@ def read_file(file, source, limit=None):
     reader = _READERS[format_of(file, source.format)]
     try:
         if file.size_bytes == 0 and not is_remote(file.path):  # there it may be unknown
-            raise DataError(f"{file} is empty.")
+            raise empty(file)
         for item in reader(file, source, limit):
             if not isinstance(item, tuple):
                 yield item
@@ -91,14 +91,14 @@ def _read_text(file, source, limit):
     text, metadata = decode(data, source.repair, file)
     text = text.removeprefix("\ufeff")
     if not text.strip():
-        raise DataError(f"{file} is empty.")
+        raise empty(file)
     yield "", text, metadata
 
 
 def _read_html(file, source, limit):
     text, metadata = html_text(_read_whole(file, limit), source, file)
     if not text.strip():
-        raise DataError(f"{file} is empty.")
+        raise empty(file)
     yield "", text, metadata
 
 

@@ -15,8 +15,8 @@ _LONGEST_LINE = 1 << 16
 _HEADERS = 1 << 18
 # Types of records that hold no page of their own.
 _OTHER_TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
-# Tags inside one another: the time that extraction takes is squared in them, and no page is written so.
-_DEEPEST = 512
+# Tags inside one another: the time that extraction takes is squared in them. Lists whose tags are never closed get so deep.
+_DEEPEST = 2048
 _GZIP = 31  # zlib's window bits for what has the header of gzip
 _BLANK = (b"", b"\r\n", b"\n")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")

@@ -41,7 +41,9 @@ def test_blank_texts_and_files_without_records_are_counted(tmp_path):
     (tmp_path / "e.json").write_text("[\n]\n")
     passed_over = []
     documents, bad = read(tmp_path, passed_over=passed_over)
-    assert [key for key, _, _ in documents] == ["a.jsonl:3"] and bad == [f"{tmp_path}/c.csv.gz is empty."]
+    assert [key for key, _, _ in documents] == ["a.jsonl:3"] and bad == [
+        f"{tmp_path}/c.csv.gz is empty once it is decompressed."
+    ]
     assert sorted(passed_over) == ["blank texts"] * 2 + ["files without any record"] * 3
 
 

@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import hashlib
 import json
 import lzma
 import random
@@ -70,9 +71,10 @@ def test_a_damaged_block_of_bzip2_gives_no_text(tmp_path):
         assert len(bad) == 1 and f"{path} is damaged near line 1001" in bad[0]
 
 
-@pytest.mark.parametrize("ending", [".bz2", ".xz"])
+@pytest.mark.parametrize("ending", [".bz2", ".xz", ".zst"])
 def test_little_that_holds_much_is_not_held_at_once(ending, tmp_path, monkeypatch):
     monkeypatch.setattr("llmos_jax.data.files._MOST_AT_ONCE", 1 << 20)
+    monkeypatch.setattr("llmos_jax.data.files._ZSTD_CHUNK", 1 << 5)  # eight blocks, a megabyte
     path, long = tmp_path / f"a.jsonl{ending}", b" " * (30 << 20)
     path.write_bytes(COMPRESS[ending](long + b'\n{"text": "a"}\n') + COMPRESS[ending](b'{"text": "b"}\n'))
     tracemalloc.start()
@@ -81,6 +83,18 @@ def test_little_that_holds_much_is_not_held_at_once(ending, tmp_path, monkeypatc
     tracemalloc.stop()
     assert [text for _, text, _ in documents] == ["a", "b"] and len(bad) == 1 and "line 1 is longer" in bad[0]
     assert peak < 20 << 20  # 8 MB of them the window of xz
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_compressed_files_without_content_are_named(ending, tmp_path):
+    path = tmp_path / f"a.jsonl{ending}"
+    for content, fault in (
+        (b"", "is empty."),
+        (COMPRESS[ending](b"") * 2 + b"\0" * 8, "is empty once it is decompressed."),
+        (b"\0" * 100_000, "is damaged near line 1: the file holds zeros and no compressed frame."),
+    ):
+        path.write_bytes(content)
+        assert read(path) == ([], [f"{path} {fault}"])
 
 
 class Far(MemoryFileSystem):
@@ -98,7 +112,7 @@ class Far(MemoryFileSystem):
     def _open(self, path, mode="rb", **choices):
         if mode != "rb":
             return super()._open(path, mode, **choices)
-        return FarStream(self, path, mode, size=len(self.store[path].getvalue()))
+        return FarStream(self, path, mode, size=super().info(path)["size"])
 
     def info(self, path, **choices):
         path = self._strip_protocol(path)
@@ -179,10 +193,95 @@ def test_a_changed_file_far_away_is_read_again(name, tmp_path, monkeypatch):
     assert not before.is_unchanged()
 
 
+class Bucket(Far):
+    """Tells other facts of a file in a listing than of it alone, as S3 does; a listing that is kept answers for its files."""
+
+    protocol, store, pseudo_dirs, listings, opened = ("bucket",), {}, [""], {}, []
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("bucket://"))
+
+    def _facts(self, path):
+        info = MemoryFileSystem.info(self, path)
+        content = self.store[path].getvalue() if path in self.store else b""
+        return {name: info[name] for name in ("name", "size", "type")} | {"ETag": hashlib.md5(content).hexdigest()}
+
+    def info(self, path, **choices):
+        path = self._strip_protocol(path)
+        return self.listings.get(path) or self._facts(path) | {"VersionId": None, "version": "of its own"}
+
+    def find(self, path, detail=False, **choices):
+        paths = super().find(path)
+        self.listings.update({path: self._facts(path) for path in paths})
+        return {path: self.listings[path] for path in paths} if detail else paths
+
+    def _open(self, path, mode="rb", **choices):
+        if mode == "rb":
+            self.opened.append(path)
+        return super()._open(path, mode, **choices)
+
+
+@pytest.mark.parametrize("has_threads", [False, True])
+def test_files_whose_listing_tells_other_facts_are_read_once(has_threads, tmp_path, monkeypatch):
+    fsspec.register_implementation("bucket", Bucket, clobber=True)
+    monkeypatch.setattr(Bucket, "async_impl", has_threads)
+    system, folder = fsspec.filesystem("bucket"), f"once-{tmp_path.name}"
+    config = parse(PrepareConfig, {"sources": [{"path": f"bucket://{folder}"}], "steps": [], "workers": 1})
+    paths = [f"/{folder}/{name}.jsonl" for name in "abc"]
+    for path in paths:
+        system.pipe_file(path, b'{"text": "one"}\n')
+
+    def prepared():
+        Bucket.opened.clear()
+        texts = [row["text"] for row in prepare_dataset(config, tmp_path / "out", log=list).iterate()]
+        return texts, sorted(Bucket.opened)
+
+    texts, opened = prepared()
+    assert texts == ["one"] * 3 and opened == sorted(2 * paths)  # once to be hashed, once to be read
+    assert prepared() == (texts, [])
+    system.pipe_file(paths[1], b'{"text": "two"}\n')
+    texts, opened = prepared()
+    assert texts == ["one", "two", "one"] and opened.count(paths[1]) == 2
+
+
+@pytest.mark.parametrize("url", ["memory://told", "far://told"])
+def test_listed_files_are_unchanged_until_they_change(url, tmp_path):
+    fsspec.register_implementation("far", Far, clobber=True)
+    system, url = fsspec.filesystem(url.partition(":")[0]), f"{url}-{tmp_path.name}"
+    system.pipe({f"{url}/{name}.txt": b"one" for name in "ab"})
+    files = list_path(url)
+    assert [file.is_unchanged() for file in files] == [True, True] and list_path(url) == files
+    system.pipe_file(f"{url}/a.txt", b"other")
+    system.rm_file(system._strip_protocol(f"{url}/b.txt"))
+    assert [file.is_unchanged() for file in files] == [False, False]
+
+
+def test_a_file_that_went_while_its_folder_was_listed_is_named(tmp_path, monkeypatch):
+    fsspec.register_implementation("far", Far, clobber=True)
+    root = f"/gone-{tmp_path.name}"
+    fsspec.filesystem("far").pipe(f"{root}/a.txt", b"text")
+    monkeypatch.setattr(Far, "find", lambda system, path: [f"{root}/a.txt", f"{root}/b.txt"])
+    gone = list_path(f"far:/{root}")[1]
+    assert not gone.is_unchanged() and gone.content_hash().startswith("unreadable")
+    documents, bad = read(f"far:/{root}")
+    assert [text for _, text, _ in documents] == ["text"] and len(bad) == 1 and "b.txt" in bad[0]
+
+
+def test_layers_that_keep_copies_are_passed_over(tmp_path):
+    """What they hold of a file that has changed since would be read for it."""
+    for text in ("one", "two"):
+        (tmp_path / "a.txt").write_text(text)
+        for url in (f"simplecache::file://{tmp_path}", f"filecache::simplecache::file://{tmp_path}/a.txt"):
+            assert read(url) == ([("a.txt", text, {})], [])
+    with pytest.raises(ConfigError, match="file:///nowhere' does not exist"):
+        list_path("simplecache::file:///nowhere")
+
+
 def test_files_of_a_page_of_links_have_their_sizes_asked_for(tmp_path, monkeypatch):
     fsspec.register_implementation("far", Far, clobber=True)
     fsspec.filesystem("far").pipe(f"/links-{tmp_path.name}/a.txt", b"text")
-    monkeypatch.setattr(Far, "find", lambda system, path, detail: {f"{path}/a.txt": {"name": "a.txt", "size": None}})
+    monkeypatch.setattr(Far, "find", lambda system, path: [f"{path}/a.txt"])
     assert [file.size_bytes for file in list_path(f"far://links-{tmp_path.name}")] == [4]
     monkeypatch.setattr(Far, "facts", {"size": None})  # nor does the server tell
     assert read(f"far://links-{tmp_path.name}") == ([("a.txt", "text", {})], [])

@@ -199,15 +199,22 @@ def test_pages_nested_very_deep_are_named(tmp_path):
     deep = b"<html><body>" + b"<div>" * 100_000 + b"end"
     (tmp_path / "a.html").write_bytes(deep)
     documents, bad = read(tmp_path / "a.html")
-    assert not documents and bad == [f"{tmp_path}/a.html is nested more than 512 tags deep."]
+    assert not documents and bad == [f"{tmp_path}/a.html is nested more than 2048 tags deep."]
     documents, bad = read_one(tmp_path, record(OK, deep) + RECORDS[0])
     assert [key for key, _, _ in documents] == ["a.warc:2"] and bad == [
-        f"{tmp_path}/a.warc, record 1 is nested more than 512 tags deep."
+        f"{tmp_path}/a.warc, record 1 is nested more than 2048 tags deep."
     ]
-    for depth, is_read in ((510, True), (511, False)):  # with html and body
+    for depth, is_read in ((2046, True), (2047, False)):  # with html and body
         (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<div>" * depth + b"words of it")
         documents, bad = read(tmp_path / "a.html")
         assert [text for _, text, _ in documents] == ["words of it"] * is_read and len(bad) == (not is_read)
     (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<p>paragraph<br>of lines" * 5000)  # no end tag in all of it
     documents, bad = read(tmp_path / "a.html")
     assert not bad and documents[0][1].count("paragraph") == 5000
+
+
+@pytest.mark.parametrize("tags", ["<ul><li>", "<table><tr><td>", "<font size=1><p>"])
+def test_tags_that_are_never_closed_are_read(tags, tmp_path):
+    (tmp_path / "a.html").write_text("<html><body>" + "".join(f"{tags}word{number}" for number in range(400)))
+    ((_, text, _),), bad = read(tmp_path / "a.html", main_content=False)
+    assert not bad and [word for word in text.split() if word.startswith("word")] == [f"word{number}" for number in range(400)]
