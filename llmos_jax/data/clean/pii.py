@@ -56,7 +56,7 @@ class Pii(Transform):
     )
 
     libraries = ("phonenumbers", "python-stdnum")
-    version = 3
+    version = 4
 
     def __post_init__(self):
         super().__post_init__()

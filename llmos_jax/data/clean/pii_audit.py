@@ -12,8 +12,8 @@ def audit(version):
     """Returns what the `pii` steps of a dataset.Version found, from the files of the version alone.
 
     {"documents": kept and removed ones that were searched, "with_findings": of these, "kinds": {kind: {"count", "documents",
-    "samples": masked}}}. Kinds are the classes, and of national ids the countries' names for them. Samples are those with the
-    smallest hash: the same for every run.
+    "samples": masked}}, "warnings": lines on sources that were cut before they were searched}. Kinds are the classes, and of
+    national ids the countries' names for them. Samples are those with the smallest hash: the same for every run.
 
     Raises ConfigError when no step looked for personal data.
     """
@@ -38,7 +38,10 @@ def audit(version):
         kind: {"count": count, "documents": documents[kind], "samples": [m for _, m in sorted(samples[kind].items())]}
         for kind, count in counts.most_common()
     }
-    return {"documents": max(funnel[name]["documents_in"] for name in names), "with_findings": found, "kinds": kinds}
+    notes = version.manifest["notes"]
+    warnings = sorted({line for name in names for line in notes.get(name, {}).get("cut_before", ())})
+    documents_in = max(funnel[name]["documents_in"] for name in names)
+    return {"documents": documents_in, "with_findings": found, "kinds": kinds, "warnings": warnings}
 
 
 def format_audit(report):
@@ -49,4 +52,4 @@ def format_audit(report):
     ]
     for kind, entry in report["kinds"].items():
         lines.append(f"{kind:<20} {entry['count']:>10,} {entry['documents']:>10,}  {', '.join(entry['samples'])}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"WARNING: {line}" for line in report["warnings"])])

@@ -32,29 +32,12 @@ _SPOKEN = re.compile(
 )
 # What sentences, quotes and markup leave before an address.
 _NOT_FIRST = "'`*|{=.&?~!#$%^-"
-_FILE_ENDINGS = frozenset(
-    [
-        "png",
-        "jpg",
-        "jpeg",
-        "gif",
-        "svg",
-        "webp",
-        "css",
-        "js",
-        "ts",
-        "py",
-        "json",
-        "html",
-        "md",
-        "txt",
-        "so",
-        "dll",
-        "exe",
-        "zip",
-    ]
-    + ["tar", "gz", "pdf", "conf", "service", "socket", "timer", "mount", "slice"]
-)
+# `jane/roe@host.org` is an address; in a path or a URL, only what follows the last slash.
+_WHOLE_LOCAL = re.compile(r"(?<![\w./:@=?&%~-])[^\W\d_]{2,24}/\Z")
+_FILE_ENDINGS = frozenset((
+    "png", "jpg", "jpeg", "gif", "svg", "webp", "css", "js", "ts", "py", "json", "html", "md", "txt", "so", "dll", "exe", "zip",
+    "tar", "gz", "pdf", "conf", "service", "socket", "timer", "mount", "slice",
+))  # fmt: skip
 # Endings that are countries, too, behind what is no name of a host: a version, a branch, a word of one letter or with a _.
 _COUNTRIES = frozenset(("md", "py", "so"))
 _NO_HOST = re.compile(
@@ -73,7 +56,8 @@ class Email:
             domain = _DOMAIN.match(text, place + 1) or _DEFANGED.match(text, place + 1)
             start = domain and self._start(text, place)
             if domain and start < place and not self._is_other(text, start, domain):
-                yield start, domain.end(), "email"
+                rest = _WHOLE_LOCAL.search(text, max(0, start - 30), start)
+                yield rest.start() if rest else start, domain.end(), "email"
             place = text.find("@", place + 1)
         for mark in filter(None, (_SPELT_AT.match(view.lowered, place) for place in view.brackets)):
             domain = _SPELT_DOMAIN.match(text, mark.end())
@@ -111,7 +95,8 @@ class Email:
     def _is_other(text, start, domain):
         # logo@2x.png; git@host:path, where what follows is no port, no sentence and no markup
         last = domain[0].rpartition(".")[2].lower()
-        if last in _COUNTRIES and text[start - 1 : start] != "/" and not _NO_HOST.match(domain[0]):
+        is_code = text.startswith("HEAD@", start) or (last == "so" and re.search(r"\blib", text[start : domain.end()]))
+        if last in _COUNTRIES and text[start - 1 : start] != "/" and not is_code and not _NO_HOST.match(domain[0]):
             return False
         follows = text[domain.end() : domain.end() + 2]
         return last in _FILE_ENDINGS or (
@@ -274,27 +259,30 @@ class Iban:
 # ---- phone numbers
 # Nothing is tried twice (possessive throughout): digits, then groups of digits with or without parentheses.
 # An extension may follow. Behind a comma that stands after digits a number begins only where four precede it: 1,415,555.
-_PHONE = re.compile(
-    r"(?<!\w)(?<!\d[-/])(?:\(?\+|(?<!\d\.)(?<!(?<!\d{4})(?<=\d),)\(?)\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+"
-    r"(?!(?!x\d)\w|[-./]\d)",
-    re.ASCII,
+_NUMBER = (
+    r"(?:\(?\+|(?<!\d\.)(?<!(?<!\d{4})(?<=\d),)\(?)\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+"
+    r"(?!(?!x\d)\w|[-./]\d)"
 )
+_PHONE, _NEXT_PHONE = re.compile(rf"(?<!\w)(?<!\d[-/]){_NUMBER}", re.ASCII), re.compile(_NUMBER, re.ASCII)
+# Two numbers and no groups of one, if there are seven digits on both of its sides.
+_BORDER_OF_TWO = re.compile(r" ?/ ?| - ")
 # A form that no other number has, to be found among others: behind a date, an item's number, a field's comma, another one.
 _NORTH_AMERICAN = re.compile(
     r"[(2-9](?<![\w+=-].)(?<!\d\..)(?<!(?<!\d{4})/.)(?:(?<=\()[2-9]\d\d\) ?|(?<!\()\d\d-)[2-9]\d\d-\d{4}(?!\w|[-.]\d)", re.ASCII
 )
 # What stands between two numbers of which the first is known to be one.
-_BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}", re.IGNORECASE)
+_BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}|\s-\s", re.IGNORECASE)
 _PHONE_WORD = re.compile(
-    r"(?:(?<![^\W_])(?:tels?|(?:cell|work|home|office|mobile|user|tele)?phones?|ph|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
+    r"(?:(?<![^\W_])(?:tels?|(?:cell|work|home|office|mobile|user|tele)?phones?|(?<!-)(?-i:[Pp]h|PH)(?!/)|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
     r"|ring|t[eé]l[eé]phone|tel[eé]fono|(?:mobil)?telefon|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact"
     r"|ruf(?=n)|msisdn|тел|телефон|моб|мобильный)(?:[ _-]?(?:numbers?|num|nummer|no|nr))?(?![^\W_])"
     r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
     re.IGNORECASE,
 )
+# A date, or a number with decimals.
 _DATE = re.compile(
     r"(?:19|20)\d\d[-./ ][01]?\d[-./ ][0-3]?\d(?:\D.*)?|[0-3]?\d[-./ ][0-3]?\d[-./ ](?:19|20)\d\d(?:\D.*)?"
-    r"|(?:19|20)\d\d\W{1,3}(?:19|20)\d\d"
+    r"|(?:19|20)\d\d\W{1,3}(?:19|20)\d\d|\d\.\d+"
 )
 _NEIGHBOUR = re.compile(r"\d\W\Z")
 # Forms that say by themselves which country's number they hold.
@@ -328,10 +316,8 @@ class Phone:
         text, done, last = view.text, 0, 0
         for start, end in view.runs:
             place = max(done, start - 5)
-            for match in _PHONE.finditer(text, place, end + 2):
-                if match.start() >= end:
-                    break  # of the next run
-                digits = sum(map(str.isdigit, match[0]))
+            for match in _numbers(text, place, end):
+                digits = _digits(match[0])
                 is_next = last and _BETWEEN.fullmatch(text, last, match.start())
                 if 7 <= digits <= 17 and self._is_phone(text, match, digits, bool(is_next)):
                     last = match.end()
@@ -403,6 +389,26 @@ class Phone:
             return False
 
 
+def _numbers(text, place, end):
+    """Yields matches of what may be phone numbers and begins before `end`, where a run of digits does: of two, each."""
+    match = _PHONE.search(text, place, end + 2)
+    while match and match.start() < end:
+        start = match.start()
+        for border in _BORDER_OF_TWO.finditer(text, start, match.end() + 3):
+            if _digits(text[start : border.start()]) >= 7 <= _digits(text[border.end() : min(end, border.end() + 25)]):
+                yield _NEXT_PHONE.match(text, start, border.start()) or match
+                place = border.end()
+                match = _NEXT_PHONE.match(text, place, end + 2) or _PHONE.search(text, place, end + 2)
+                break
+        else:
+            yield match
+            match = _PHONE.search(text, match.end(), end + 2)
+
+
+def _digits(value):
+    return sum(map(str.isdigit, value))
+
+
 def _without_trunk(number):
     """Returns a number with + for 00, and without the trunk 0 that some write behind the country, as +44 (0)20."""
     number = number.replace("(+", "+", 1) if number.startswith("(+") else number
@@ -448,6 +454,11 @@ _ROMANCE = re.compile(
 )
 
 
+# A year, a table, a page before "3rd Place".
+_RANK = re.compile(r"\d{1,4} \d{1,3}(?:st|nd|rd|th) (?:Place|Row|Circle|Court|Square|Close)", re.IGNORECASE)
+_BEFORE_RANK = re.compile(r"(?<!\w)(?:in|table|chapter|page|figure|section|on|season|round|volume) \Z", re.IGNORECASE)
+
+
 class StreetAddress:
     """Finds street addresses with a house number, by the rules of English, German, Dutch, Swedish, French, Spanish,
     Italian and Portuguese. Addresses have no check digits: what rules can't tell from other text stays."""
@@ -459,7 +470,7 @@ class StreetAddress:
             done = 0
             for place in places:
                 match = pattern.match(text, place) if place >= done else None
-                if match:
+                if match and not (_RANK.fullmatch(match[0]) and _BEFORE_RANK.search(text, max(0, place - 9), place)):
                     done = match.end()
                     yield place, done, "address"
         for number in filter(None, (_HOUSE_NUMBER.match(text, place - 1) for place in view.street_numbers)):

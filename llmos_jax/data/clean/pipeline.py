@@ -19,7 +19,7 @@ from llmos_jax.compute import host
 from llmos_jax.config import fingerprint, setting, to_plain
 from llmos_jax.data.clean import exchange, output, stage
 from llmos_jax.data.clean.augment import AugmentConfig
-from llmos_jax.data.clean.dataset import list_versions, note_needs, write_version
+from llmos_jax.data.clean.dataset import is_dataset, list_versions, note_needs, open_dataset, write_version
 from llmos_jax.data.clean.objects import Objects, Task
 from llmos_jax.data.clean.reading import (
     check_bad,
@@ -84,6 +84,11 @@ def prepare_dataset(config, directory, *, log=print):
     objects = Objects(directory / CACHE)
     objects.remove_leftovers()
     notes = {step.name: step.notes() for step in config.steps}
+    cut_before = _cut_before(config)
+    for line in cut_before:
+        log(f"WARNING: {line}")
+    for guard in _guards(config.steps) if cut_before else ():
+        notes[guard.name] = notes[guard.name] | {"cut_before": cut_before}
     with make_runner(config, objects.root) as pool:
         runner = _Noting(pool)
         shards, names, inputs = _read(config, objects, runner, log)
@@ -108,6 +113,24 @@ def _check_apart(config, directory):
                 f"the dataset folder {directory} lies in the source {source.path}, which would be read with all that it "
                 "holds: name a folder beside it (--workdir)."
             )
+
+
+def _cut_before(config):
+    """Returns a line for each source that is a dataset from which a step cut before any step that protects looked at it."""
+    guards, lines = _guards(config.steps), []
+    for path in [source.path.partition("#")[0] for source in config.sources] if guards else ():
+        if not is_dataset(path):
+            continue
+        for step in parse_steps(open_dataset(path).manifest["settings"]["steps"], f"steps of {path}"):
+            if getattr(step, "protect", None):
+                break
+            if isinstance(step, Transform) and step.cuts:
+                lines.append(
+                    f"{step.name!r} cut texts of the dataset {path} before {guards[0].name!r} looked at them: what it left "
+                    f"of personal data may not be known as such. Prepare {path} again with {guards[0].name!r} before that."
+                )
+                break
+    return lines
 
 
 def make_runner(config, root):

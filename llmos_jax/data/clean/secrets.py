@@ -68,7 +68,7 @@ _URL_PASSWORD = re.compile(r"://[^\s/:@\"'<>]{0,64}:([^\s/\"'<>]{3,200})@(?=[\w.
 
 # ---- names that say what the value behind them is
 _NAMES = ("passw", "passphrase", "pwd", "secret", "credential", "senha", "kennwort", "mot de passe", "wachtwoord")
-_NAMES += ("pass", "token", "key")
+_NAMES += ("passcode", "pass", "token", "key")
 # A view's small letters are ASCII, with a ? for each other letter; names without any are looked for in the text.
 _ACCENTED_NAMES = ("contrase?a", "l?senord", "has?o")
 _OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
@@ -91,14 +91,31 @@ _OPTION = re.compile(r"(?<![\w-])--[\w-]{0,28}\Z")
 # A line of a shell script or an .env file, up to its value; it may be a comment.
 _SETTING = re.compile(r"\s*(?:[#;] ?)?(?:export |set |ENV )?[A-Z][A-Z0-9_]*=|(?:export )?[a-z][\w-]*=", re.ASCII)
 _TAG = re.compile(r"<[\w:-]{0,39}\Z")
-_PROSE_IS = re.compile(r"(?:(?:of|for|to) (?:[\w'-]{1,20} ){1,5})?(?:is|was|=)(?: |\r?\n)", re.IGNORECASE)
+_PROSE_IS = re.compile(
+    r"((?:of|for|to) (?:[\w'-]{1,20} ){1,5})?(?:is|was|=):?(?: |[ \t]{0,2}\r?\n(?:[ \t]{0,8}\r?\n)?[ \t]{0,8})", re.IGNORECASE
+)
+# `Password:` and its value alone in the next line.
+_NEXT_LINE = re.compile(r"[ \t]{0,8}\r?\n(?:[ \t]{0,8}\r?\n)?[ \t]{0,8}(\S{6,100})[ \t]{0,8}(?=\r?\n|\Z)")
 # A field of such a name holds nothing but a password. `pass` is also what a test does, and a way through a loop.
 _FIELD = re.compile(
     r"(?:\A|_)(?:pass(?:word|wd|phrase|code|wort)|pwd|kennwort|mot_de_passe|contrase.a|senha|wachtwoord|пароль|密码|(pass))(?:_?\d{1,2})?\Z",
     re.IGNORECASE,
 )
 _LONG_PASS = 16
-_PASS, _VALUE = re.compile(r"[_-]?\d?", re.ASCII), re.compile(r"[\"'`\]\\]{0,3}\s{0,3}:[ \t\"'`\\]{0,4}([^\s\"'`]{6,100})")
+_PASS = re.compile(r"[_-]?\d?", re.ASCII)
+_VALUE = re.compile(r"[\"'`\]\\]{0,3}\s{0,3}(?::=|=>|[:=])[ \t\"'`\\]{0,4}([^\s\"'`]{6,100})")
+# Whose it is: what stands before `pass`, and the field beside it.
+_ACCOUNT = re.compile(
+    r"(?:(?<![A-Za-z])|(?<=[a-z])(?=[A-Z]))(?i:db|database|my|mysql|pg|postgres\w{0,3}|sql|mongo\w{0,2}|redis|mq|rabbit\w{0,2}"
+    r"|smtp|imap|pop3?|e?mail|s?ftp|ssh|ldap|user|usr|login|root|admin|auth|http|proxy|wifi|wlan|vpn|key|keystore|store|cert|git"
+    r"|master|sudo|account|server|client|service|registry|wp)\d{0,2}[ ._-]?\Z",
+    re.ASCII,
+)
+_BESIDE = re.compile(
+    r"(?<![a-z])(?:user(?:[_-]?name)?|usr|login|account|e-?mail|[a-z]{0,9}[_-]?(?:user|host)|uid|root|admin|db|smtp|ftp)"
+    r"[\"'`\]\\]{0,3}\s{0,3}[:=]",
+    re.IGNORECASE,
+)
 _ENCLOSED = re.compile(r"[^\s()]{6,100}\)")
 _QUOTED = re.compile(r"[rbfu]?\\?([\"'`])((?:(?!\1)[^\s\\]|\\[^\s\"'`]){6,300})\\?\1")
 _BARE = re.compile(r"[^\s\"'`<]{6,300}")
@@ -125,6 +142,7 @@ _NO_WORDS = frozenset(
         " confirm repeat credential credentials client private sha md hmac base bit bits rfc utf aes pbkdf crypt bcrypt",
     )
 )
+_LOOKED_AT = 64
 _NO_WORD_LENGTHS = tuple(sorted({len(word) for word in _NO_WORDS}))
 # Calls, subscripts, references; attributes, which seldom end in a year or another number of four digits.
 _ATTRIBUTE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+(?<!\d{4})[;,)]*\Z"
@@ -256,6 +274,8 @@ def _value_behind(text, lowered, name, place):
         is_statement = _PROSE_IS.match(text, start)
         is_enclosed = text[place - 1 : place] == "(" and _ENCLOSED.match(text, start)
         is_named = bool(is_option or is_statement or is_enclosed)
+        if is_statement and is_statement[1] and name == "secret":
+            is_named = False  # the secret of success
         if not (is_option or is_for_people):
             return None
         start, is_for_people = is_statement.end() if is_statement else start, True
@@ -263,6 +283,10 @@ def _value_behind(text, lowered, name, place):
         end = text.find("</", start, start + 200)
         is_element = end > 0 and _TAG.search(text, max(0, place - 40), place)
         return (start, end) if is_element and _is_literal(text[start:end], is_for_people, "=") else None
+    below = _NEXT_LINE.match(text, start) if separator["sign"] == ":" and name not in ("token", "key", "secret") else None
+    if below:
+        is_secret = _kinds(below[1]) >= 3 and not _is_stand_in(below[1]) and _is_password(below[1])
+        return below.span(1) if is_secret and not _CODE.match(below[1]) else None
     quoted = _QUOTED.match(text, start)
     if quoted:
         return quoted.span(2) if _is_literal(quoted[2], is_for_people, separator["sign"]) else None
@@ -272,15 +296,22 @@ def _value_behind(text, lowered, name, place):
 
 def _is_named_pass(text, place, rest, sign):
     """Whether `pass` at a place is the name of a password: not a part of a word, nor what a test says of itself (PASS: a2)."""
+    if rest[1] or not _PASS.fullmatch(rest[2]) or sign is None:
+        return False
     before = text[place - 1 : place] if place else ""
     is_joined = before in ("_", "-") or (before.islower() and text[place] == "P")  # db_pass, dbPass
-    if rest[1] or not _PASS.fullmatch(rest[2]) or (before.isalpha() and not is_joined):
+    if _ACCOUNT.search(text, max(0, place - 20), place):
+        return True
+    if (before.isalpha() and not is_joined) or (sign == ":" and text.startswith("PASS", place)):
         return False
-    if sign != ":" or is_joined or text.startswith("PASS", place):
-        return sign is not None and (sign != ":" or is_joined)
     value = _VALUE.match(text, rest.end())
     value = value[1].rstrip(".,;:)") if value else ""
-    return _kinds(value) >= 3 or (len(value) >= _LONG_PASS and is_random(value))
+    is_drawn = len(value) >= _LONG_PASS and is_random(value)
+    if is_joined:  # a pass of a compiler, of rendering
+        return is_drawn
+    if is_drawn or (_kinds(value) >= 3 and _HARD_SYMBOL.search(value)):
+        return True
+    return bool(_BESIDE.search(text, max(0, place - 60), place) or _BESIDE.search(text, rest.end(), rest.end() + 60))
 
 
 def _kinds(value):
@@ -339,12 +370,13 @@ def _is_stand_in(value):
 
 
 def _is_of_no_words(letters):
-    """Whether letters are words of `_NO_WORDS` joined: in one pass over the places where one of them may begin."""
+    """Whether letters, at least the first of many, are words of `_NO_WORDS` joined: in one pass over the places where one may
+    begin."""
     begins = {0}
-    for place in range(len(letters)):
+    for place in range(min(len(letters), _LOOKED_AT)):
         if place in begins:
             begins.update(place + length for length in _NO_WORD_LENGTHS if letters[place : place + length] in _NO_WORDS)
-    return len(letters) in begins
+    return len(letters) in begins or max(begins) >= _LOOKED_AT
 
 
 def _is_literal(value, is_for_people, sign):

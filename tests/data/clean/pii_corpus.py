@@ -386,6 +386,10 @@ LOOKALIKES = {
             f"img/b@v{rng.randrange(9)}.py",
             "conf/site@app_config.py",
             "getty@tty.service",
+            "HEAD@upstream.py",
+            "memcpy@libc.so",
+            "pthread_create@libpthread.so.0",
+            "libfoo@plt.so",
         ]
     ),
     "other version": lambda rng: (
@@ -447,7 +451,11 @@ LOOKALIKES = {
         + "\n-----END PUBLIC KEY-----"
     ),
     "range": lambda rng: f"pages {rng.randrange(100, 300)}-{rng.randrange(300, 999)}",
-    "arxiv": lambda rng: f"arXiv:{digits(rng, 4)}.{digits(rng, 5)}",
+    "arxiv": lambda rng: rng.choice(
+        [f"arXiv:{digits(rng, 4)}.{digits(rng, 5)}", f"(hep-ph/{digits(rng, 7)})", f"[astro-ph/{digits(rng, 7)}]"]
+        + [f"pH 7.{digits(rng, 1)} {digits(rng, 7)}", f"ph: 7.{digits(rng, 7)}"]
+    ),
+    "rank": lambda rng: rng.choice(["In 2014 3rd Place", "Table 3 1st Row", "Chapter 12 2nd Row", "page 24 9th Circle"]),
     **SECRET_LOOKALIKES,
     "doi": lambda rng: f"doi:10.{digits(rng, 4)}/s{digits(rng, 5)}-{digits(rng, 3)}-{digits(rng, 5)}-{digits(rng, 1)}",
 }

@@ -102,6 +102,7 @@ def symbol_value(rng):
 _NAMES = [
     "password", "passwd", "db_password", "DB_PASSWORD", "userPassword", "MYSQL_ROOT_PASSWORD", "smtp-password", "pwd",
     "secret", "client_secret", "clientSecret", "SECRET_KEY", "passphrase", "DB_PASS", "smtp_pass", "dbPass", "Kennwort",
+    "passcode", "dbpass", "MYSQL_PASS",
 ]  # fmt: skip
 _TOKEN_NAMES = [
     "api_key", "apiKey", "API-KEY", "auth_token", "ACCESS_TOKEN", "accessToken", "access_key", "private_key", "token",
@@ -125,6 +126,8 @@ _IN_PROSE = [
     "mot de passe : {}",
     "The password of the old account is {}",
     "The password is\n{}",
+    "The password is:\n\n  {}",
+    "user=bob pass={}",
 ]
 _XML = ["<{0}>{1}</{0}>"]
 
@@ -192,7 +195,11 @@ _CODE = [
     "PASS: tests/test-2.sh", "PASS: test_parse2", "pass: 12 of 15 tests", "first pass: optimise2_loops", "bypass=mode2_fast",
     '{"pass": "12ms"}', "passes = run_passes2()", "compass: north2_west", "second pass: see figure2b", "pass_rate=0.95123",
     "boarding pass: B4423-2024", "pass  # noqa: S110", "pass = pass + 1",
-    "key: ctrl+shift+p", "sort_key = item.name2", "public_key = ssh-rsa", "password_file: /run/secrets/db2",
+    'render_pass = "shadow_map_2"', 'depth_pass: "gbuffer0"', "pass = 'Geometry2D'", 'highPass = "biquad_filter_1"',
+    'lowPass: "f0=440Hz,Q=0.7"', "high_pass=iir_filter_20hz", 'pass2 = "lowering2ir"', 'pass="simplifycfg1"',
+    "PASS=second-pass2", "FIRST_PASS=ffmpeg-pass1.log", 'two_pass: "Encode2Pass!"', '"pass": "gvn-hoist-2"',
+    "password:\n  description: Foo2Bar", "key: ctrl+shift+p",
+    "sort_key = item.name2", "public_key = ssh-rsa", "password_file: /run/secrets/db2",
     "PASSWORD_FILE=/run/secrets/x1", "token.type = TokenType.NUMBER", '"token_type": "bearer"', "key_size: 2048",
     '"password": {"type": "string"}', "passwd = pwd.getpwnam(name).pw_passwd", "pwd = os.getcwd()", "pwd=$(pwd)",
     "PWD=/home/user1/project2", "password.encode('utf8')", 'private_key_path = "~/.ssh/id_ed25519"', "secrets.token_hex(16)",
@@ -211,7 +218,7 @@ _PROSE = [
     "postgres://$USER:$PASSWORD@localhost/db", "password (optional)", "the passphrase is asked for twice",
     '"password": "Contraseña"', '"password": "Passwort"', "password = Passwort", "token authentication, see RFC 6750",
     "the keyword: value pairs", '"forgotPassword": "Zapomenuté heslo"', "The key is on the table.",
-    "Key findings: results of 2024", "ssh -p 2222 host1", "password policy v2.1.3",
+    "The secret to good pasta is salt4water", "Key findings: results of 2024", "ssh -p 2222 host1", "password policy v2.1.3",
 ]  # fmt: skip
 _HASHES = [
     lambda rng: f"commit {draw(rng, 40, '0123456789abcdef')}", lambda rng: f"sha256:{draw(rng, 64, '0123456789abcdef')}",

@@ -245,6 +245,30 @@ def test_a_step_that_cuts_is_refused_before_one_that_protects():
         assert names.index("decontaminate") + 1 == names.index("pii")
 
 
+def test_a_dataset_that_was_cut_before_it_is_searched_is_named(tmp_path):
+    """Two runs do what one run is refused: nobody can undo the first, so that log, manifest and audit say so."""
+    file, lines = tmp_path / "a.jsonl", []
+    file.write_text(json.dumps({"text": "Call us by telephone:\n4155552671 is what to dial.\n"}) + "\n")
+
+    def prepared(source, out, *names):
+        lines.clear()
+        steps = [{"step": name} for name in names]
+        config = parse(PrepareConfig, {"sources": [{"path": str(source)}], "steps": steps, "workers": 1})
+        return prepare_dataset(config, tmp_path / out, log=lines.append)
+
+    prepared(file, "cut", "normalise", "boilerplate")
+    assert not any("WARNING" in line for line in lines)
+    version = prepared(tmp_path / "cut", "searched", "pii")
+    (warning,) = [line for line in lines if "WARNING" in line]
+    assert all(word in warning for word in ("'boilerplate'", "'pii'", str(tmp_path / "cut")))
+    assert warning in pii_audit.format_audit(pii_audit.audit(version)).splitlines()
+    prepared(tmp_path / "cut", "not searched", "normalise")
+    assert not any("WARNING" in line for line in lines)
+    prepared(file, "whole", "pii", "boilerplate")
+    version = prepared(tmp_path / "whole", "searched twice", "pii")
+    assert not any("WARNING" in line for line in lines) and not pii_audit.audit(version)["warnings"]
+
+
 def test_without_the_step_they_are_all_there(planted, tmp_path):
     """The reader above finds what is there to be found."""
     file, data = planted

@@ -14,6 +14,7 @@ from tests.data.clean import pii_corpus
 
 LEAST_RECALL, LEAST_PRECISION = 0.98, 0.95
 _KEY, _LINES = "-----BEGIN RSA PRIVATE KEY-----", "\nProc-Type: 4,ENCRYPTED\n\n" + "\n".join(["MIIEpAIBq8Zt" * 5] * 4)
+_TWO_NUMBERS = [("030 901820", "030 901821"), ("020 7946 0958", "020 7946 0959"), ("06 12 34 56 78", "06 12 34 56 79")]
 
 
 def find(text, **settings):
@@ -119,6 +120,25 @@ def test_every_national_id(name):
         ),
         ("use sk-or-v1-" + "0123456789abcdef" * 4, "sk-or-v1-" + "0123456789abcdef" * 4, "secret"),
         ("pass: Tr0ub4dor&3", "Tr0ub4dor&3", "secret"),
+        ("userpass: hunter22x", "hunter22x", "secret"),
+        ("user=x pass=Hunter22", "Hunter22", "secret"),
+        ('{"user":"bob","pass":"hunter22"}', "hunter22", "secret"),
+        ("root pass: hunter22", "hunter22", "secret"),
+        ("The password is\n\nTr0ub4dor&3x", "Tr0ub4dor&3x", "secret"),
+        ("The password is\n  Tr0ub4dor&3x", "Tr0ub4dor&3x", "secret"),
+        ("The password is:\nTr0ub4dor&3x", "Tr0ub4dor&3x", "secret"),
+        ("Password:\nTr0ub4dor&3x\nnext", "Tr0ub4dor&3x", "secret"),
+        ("Password:\n  Foo2Bar: text", "Foo2Bar", None),
+        ("passcode: Tr0ub4dor&3x", "Tr0ub4dor&3x", "secret"),
+        ("jane/roe@company.com", "jane/roe@company.com", "email"),
+        ("libby@company.md", "libby@company.md", "email"),
+        ("jane_roe@company.so", "jane_roe@company.so", "email"),
+        *(
+            (f"Tel. {a}{between}{b}", number, "phone")
+            for a, b in _TWO_NUMBERS
+            for between in (" / ", "/", " - ")
+            for number in (a, b)
+        ),
         ("PASS: Tr0ub4dor2", "Tr0ub4dor2", None),
         ("contraseña: Verano2024!", "Verano2024!", "secret"),
         ("пароль: Leto2024!", "Leto2024!", "secret"),
@@ -250,7 +270,8 @@ HOSTILE = (
     "a dot ", "a at b dot ",
     "415-555-", "(415) 555-", "1,4155", "4155552671,", "tel 4155552671,", "a@b[.]", "a@b [dot] ", "a@a.md",
     "81.2.69.142-", "pass:", "pass: a", "db_pass=", "password of a ", "password of a is\n", "12 5th ", "4111/1111/",
-    "DE12.1234.", "authorization:", "mysql -p", "curl -u a", "{{ a", "A-A-Straße 1 ",
+    "DE12.1234.", "Tel 0123456/", "Tel. 06 12 34 56 78 - ", "Password:\n", "password is\n\n", "a/b@c.de ", "PASS=",
+    "user=pass=", "authorization:", "mysql -p", "curl -u a", "{{ a", "A-A-Straße 1 ",
 )  # fmt: skip
 
 
