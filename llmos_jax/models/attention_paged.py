@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Tokens that a kernel takes at once, and among how many programs one row and head of a GPU is divided at most.
-_GPU_BLOCK, _GPU_SPLITS, _TPU_BLOCK = 128, 16, 512
+# Tokens that a kernel takes at once.
+_GPU_BLOCK, _TPU_BLOCK = 128, 512
+# The TPU's kernel holds the table of pages in its scalar memory, of which half is left for it.
+_TPU_TABLE_ENTRIES = 2**17
 
 
 def attend_pages(query_BHK, pools, table_BP, length_B, *, scale=None, softcap=None, placement):
@@ -36,10 +38,11 @@ def attend_pages(query_BHK, pools, table_BP, length_B, *, scale=None, softcap=No
     return run(*operands).astype(query_BHK.dtype)
 
 
-def pages_refusal(placement, dtype, head_size, page_size, windows):
+def pages_refusal(placement, dtype, head_size, page_size, windows, table_entries):
     """Returns why no kernel can read these pages, as the rest of a sentence, or None when one can.
 
-    windows: of the model's layers (None: all tokens), as in `DecoderConfig.windows`.
+    windows: of the model's layers (None: all tokens), as in `DecoderConfig.windows`. table_entries: rows x pages of the largest
+    table.
     """
     kernel = KERNELS.get(placement.platform)
     if kernel is None:
@@ -55,6 +58,8 @@ def pages_refusal(placement, dtype, head_size, page_size, windows):
     if not kernel.page_sizes[0] <= page_size <= kernel.page_sizes[1] or page_size & (page_size - 1):
         least, most = kernel.page_sizes
         return f"needs a page_size that is a power of two from {least} to {most}, not {page_size}"
+    if kernel.table_entries is not None and table_entries > kernel.table_entries:
+        return f"holds tables of {kernel.table_entries:,} pages, not {table_entries:,}: raise page_size, or lower rows"
     return None
 
 
@@ -66,17 +71,16 @@ class Kernel:
     dtypes: tuple[str, ...]
     head_multiple: int
     page_sizes: tuple[int, int]
+    table_entries: int | None = None
 
 
 def _gpu(query_BHK, key, value, table_BP, length_B, softcap, **choices):
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
     block = _GPU_BLOCK // key.shape[2]
-    blocks = -(-table_BP.shape[1] // block)
-    # Whole blocks in each of so many parts: programs beyond a row's length have nothing to do.
-    splits = min(blocks, _GPU_SPLITS)
-    table_BP = _padded(table_BP, block * splits)
-    sizes = dict(pages_per_compute_block=block, k_splits=splits)
+    table_BP = _padded(table_BP, block)
+    # Every block is a part of its own: so a row's parts, and how their sums are rounded, are not its neighbours' affair.
+    sizes = dict(pages_per_compute_block=block, k_splits=table_BP.shape[1] // block)
     return paged_attention(query_BHK, key, value, table_BP, length_B, attn_logits_soft_cap=softcap, **sizes, **choices)
 
 
@@ -94,8 +98,8 @@ def _padded(table_BP, multiple):
 
 
 KERNELS = {
-    # Triton multiplies float32 as TF32.
-    "gpu": Kernel(_gpu, ("bfloat16", "float16"), head_multiple=16, page_sizes=(1, _GPU_BLOCK)),
+    # Triton multiplies float32 as TF32; the sums of parts would overflow float16.
+    "gpu": Kernel(_gpu, ("bfloat16",), head_multiple=16, page_sizes=(1, _GPU_BLOCK)),
     # Whatever the pages hold, this kernel makes bfloat16 of it.
-    "tpu": Kernel(_tpu, ("bfloat16",), head_multiple=128, page_sizes=(16, _TPU_BLOCK)),
+    "tpu": Kernel(_tpu, ("bfloat16",), head_multiple=128, page_sizes=(16, _TPU_BLOCK), table_entries=_TPU_TABLE_ENTRIES),
 }

@@ -83,7 +83,7 @@ def write_pages(pools, recent, pages_BP):
 
 def _finite(new):
     """Returns what may lie in a page: a kernel weighs what is behind a row's end with zero, and that must be finite."""
-    return jnp.nan_to_num(new)
+    return jnp.where(jnp.isfinite(new), new, 0)
 
 
 def read_step(past_B, step):
@@ -100,9 +100,11 @@ def read_step(past_B, step):
     return read
 
 
-def read_pages(table_BP, past_B, step, is_anybodys_B, placement):
+def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
     """Returns the `read` of `Block.decode` for entries that are pools: writes one new token of each row, then reads."""
-    length_B = jnp.where(is_anybodys_B, past_B + step + 1, 1)
+    # A row that has ended goes on while its neighbours need more steps; beyond its table there is nothing to read.
+    longest = table_BP.shape[1] * page_size
+    length_B = jnp.where(is_anybodys_B, jnp.minimum(past_B + step + 1, longest), 1)
 
     def read(pools, query_BLHK, key_BLGK, value_BLGK, *, window, **form):
         if window is not None:

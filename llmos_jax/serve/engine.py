@@ -105,8 +105,9 @@ class Engine:
         self.counts = collections.Counter()
         self._row_ladder = _row_ladder(rows)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
-        self._decode_ladder = _fine_ladder(self._page_ladder[0], whole)
-        chunk = self.pool.pages_for(self.settings.prefill_tokens)
+        # A kernel reads what a row has; what is gathered is read whole.
+        self._decode_ladder = self._page_ladder if self.programs.reads_pages else _fine_ladder(self._page_ladder[0], whole)
+        chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
         self._next_id, self._weights, self._pools, self._cancelled = 0, None, None, []
         self.load(params)
@@ -215,17 +216,17 @@ class Engine:
             for pages in self._page_ladder if self.settings.draft_tokens else ():
                 self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
         for length in self._chunk_ladder:
-            for rows in {1, self._most_rows(length)}:
-                for pages in self._page_ladder:
-                    self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=True)
-                self._run("prefill", self._chunk_arrays([], rows, length, 1), has_past=False)
+            for pages, has_past in ((1, False), *((pages, True) for pages in self._page_ladder)):
+                for rows in {1, self._most_rows(length, pages, has_past)}:
+                    self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=has_past)
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
 
     def _reads_pages(self):
         """Returns whether decoding reads pages by the platform's kernel; ConfigError where it should and can't."""
         (_, _, _, head_size), _ = self.family.cache_shapes(self.config, 1, self.settings.page_size)
-        given = self.handle.placement, self.dtype, head_size, self.settings.page_size, self.config.windows
+        entries = self.settings.rows * -(-self.config.context // self.settings.page_size)
+        given = self.handle.placement, self.dtype, head_size, self.settings.page_size, self.config.windows, entries
         refusal = pages_refusal(*given)
         if self.settings.decode_attention == "paged" and refusal is not None:
             raise ConfigError(f"decode_attention=paged {refusal}; take 'gathered', or 'auto'.")
@@ -264,9 +265,12 @@ class Engine:
             if not alike:
                 return  # else there may be one more, for a request that waited for pages that are filled now
             for shape, chunks in alike.items():
-                most = self._most_rows(shape[0])
-                for first in range(0, len(chunks), most):
-                    self._prefill(chunks[first : first + most], *shape, events)
+                most = self._most_rows(*shape)
+                while chunks:
+                    # Few are faster one by one than with as many of nobody's.
+                    together = most if 2 * len(chunks) >= most else 1
+                    self._prefill(chunks[:together], *shape, events)
+                    chunks = chunks[together:]
 
     def _prefill_shape(self, request, start, stop):
         """Returns (length, pages of the past, whether there is one) of the program for a chunk."""
@@ -275,12 +279,14 @@ class Engine:
             return length, self._pages_for(stop), True  # history follows the pages
         return length, self._pages_for(start) if start else 1, start > 0
 
-    def _most_rows(self, length):
-        """Returns how many chunks of a length one dispatch computes: it is made for one, and for so many."""
-        return max(1, min(self.settings.prefill_rows, self.settings.rows, self.settings.prefill_tokens // length))
+    def _most_rows(self, length, pages, has_past):
+        """Returns how many chunks of a shape one dispatch computes: it is made for one, and for so many."""
+        tokens = length + (pages * self.pool.page_size if has_past else 0)  # each row's past is gathered, too
+        return max(1, min(self.settings.prefill_rows, self.settings.rows, self.settings.prefill_tokens // tokens))
 
     def _prefill(self, chunks, length, pages, has_past, events):
-        arrays = self._chunk_arrays(chunks, 1 if len(chunks) == 1 else self._most_rows(length), length, pages)
+        rows = 1 if len(chunks) == 1 else self._most_rows(length, pages, has_past)
+        arrays = self._chunk_arrays(chunks, rows, length, pages)
         tokens, logprobs = self._run("prefill", arrays, has_past=has_past)
         for row, (request, start, stop) in enumerate(chunks):
             self.counts["prefilled_tokens"] += stop - start

@@ -100,7 +100,8 @@ class Programs:
             positions_B1, longest_B1 = self._positions(rows, step, 1)
             if self.reads_pages:
                 entries = kept
-                read = cache.read_pages(rows["table"], rows["past"], step, is_anybodys_B, self.placement)
+                size = pools[0][0].shape[2]
+                read = cache.read_pages(rows["table"], rows["past"], step, is_anybodys_B, size, self.placement)
             else:
                 entries, read = list(zip(past, kept, strict=True)), cache.read_step(rows["past"], step)
             layers = self.stages.run(model.stack, weights[1], entries, read)

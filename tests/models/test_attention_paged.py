@@ -76,6 +76,15 @@ def test_kernels_equal_plain_attention(platform, heads, groups, size, page_size,
     np.testing.assert_allclose(found, naive(*given, softcap), atol=1e-5)
 
 
+def test_wider_tables_and_other_rows_change_no_bit(interpreted):
+    interpreted("gpu")
+    query_BHK, pools, table_BP, length_B = inputs(8, 2, 64, 16, 12)
+    query_BHK, pools = query_BHK.astype(jnp.bfloat16), tuple(pool.astype(jnp.bfloat16) for pool in pools)
+    run = jax.jit(functools.partial(attend_pages, placement=make_placement(None, jax.devices()[:1])))
+    whole = run(query_BHK, pools, np.pad(table_BP, ((0, 0), (0, 20))), length_B)
+    np.testing.assert_array_equal(whole[1:2], run(query_BHK[1:2], pools, table_BP[1:2, :2], length_B[1:2]))
+
+
 def test_heads_over_devices_are_read_where_they_lie(interpreted):
     interpreted("gpu")
     placement = make_placement(MeshConfig(data=2, model=4), jax.devices()[:8])
@@ -95,18 +104,21 @@ def test_heads_over_devices_are_read_where_they_lie(interpreted):
         ("gpu", {}, None),
         ("tpu", {"head_size": 128}, None),
         ("tpu", {"dtype": "float32", "head_size": 128}, "takes bfloat16 on tpu, not float32"),
-        ("gpu", {"dtype": "float32"}, "takes bfloat16 and float16 on gpu, not float32"),
+        ("gpu", {"dtype": "float32"}, "takes bfloat16 on gpu, not float32"),
         ("gpu", {"head_size": 96}, "a power of two from 16 on, not 96"),
         ("tpu", {"head_size": 64}, "a power of two from 128 on, not 64"),
         ("gpu", {"page_size": 256}, "a power of two from 1 to 128, not 256"),
         ("tpu", {"page_size": 24, "head_size": 128}, "a power of two from 16 to 512, not 24"),
+        ("tpu", {"head_size": 128, "table_entries": 2**18}, "tables of 131,072 pages, not 262,144: raise page_size"),
         ("gpu", {"windows": (20, None)}, "has no sliding window, and layers have one of 20"),
         ("gpu", {"pipeline": object()}, "stages of a pipeline"),
     ],
 )
 def test_what_no_kernel_can_read_is_said(platform, given, words):
     placement = types.SimpleNamespace(platform=platform, pipeline=given.pop("pipeline", None))
-    refusal = pages_refusal(placement, **{"dtype": "bfloat16", "head_size": 64, "page_size": 16, "windows": (None,)} | given)
+    refusal = pages_refusal(
+        placement, **{"dtype": "bfloat16", "head_size": 64, "page_size": 16, "windows": (None,), "table_entries": 2**17} | given
+    )
     assert refusal is None if words is None else words in refusal
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.pallas import tpu as pltpu
 
 from llmos_jax import config as config_lib
 from llmos_jax.compute.mesh import MeshConfig
@@ -272,6 +273,24 @@ def test_pages_read_where_they_lie_draw_the_same(monkeypatch):
     engine._pools = pools
     assert [row[:2] for row in engine.generate(*zip(*asked, strict=True))] == expected
     assert_empty(engine)
+
+
+def test_a_row_at_its_end_reads_no_further_while_its_neighbour_goes_on(monkeypatch):
+    """The TPU's kernel, interpreted, reads as many pages as it is told to, also behind the table's end: that raises here."""
+
+    def run(*arguments):
+        with pltpu.force_tpu_interpret_mode():
+            return attention_paged._tpu(*arguments)
+
+    kernel = dataclasses.replace(attention_paged.KERNELS["tpu"], run=run, dtypes=("float32",))
+    monkeypatch.setitem(attention_paged.KERNELS, "cpu", kernel)
+    config = dataclasses.replace(LLAMA, context=64, width=256, heads=2, kv_heads=2, window=None, global_layers=())
+    settings = EngineConfig(rows=2, page_size=16, decode_steps=8, draft_tokens=0)
+    engine, _ = make(config=config, settings=settings)
+    assert engine.programs.reads_pages
+    long = dataclasses.replace(GREEDY, logit_bias={str(END): -1000.0}, max_tokens=12)
+    found = engine.generate([list(range(8, 18)), [9] * 61], long)
+    assert [(len(tokens), reason) for tokens, reason, _ in found] == [(12, "length"), (4, "context")]
 
 
 @pytest.mark.slow
