@@ -5,6 +5,7 @@ has the parts first[d] .. first[d + 1]. Its method `find(batch)` finds it in a `
 """
 
 import dataclasses
+import threading
 
 import numpy as np
 
@@ -31,8 +32,11 @@ class View:
         return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
 
 
-class Views:
-    """Views of lists of texts, kept for the texts asked for last: many steps look at the same ones, or at some of them."""
+class Views(threading.local):
+    """Views of lists of texts, kept for the texts asked for last: many steps look at the same ones, or at some of them.
+
+    Each thread has its own: runners of Beam's run bundles side by side.
+    """
 
     def __init__(self):
         self._held = {}

@@ -1,5 +1,6 @@
 """Words, lines and repeats in arrays, against plain Python on strings."""
 
+import concurrent.futures
 import dataclasses
 
 import numpy as np
@@ -110,6 +111,19 @@ def test_texts_are_looked_at_once_and_only_for_what_is_asked(monkeypatch):
     held(texts, Lines)  # of the other text they are not known
     held(texts, Lines)
     assert seen == [Words, Lines, Lines]
+
+
+def test_threads_do_not_see_each_others_views():
+    held = Views()
+
+    def look(number):
+        texts = [f"{number} " * (number + 1), f"word{number}\nline"] * 2
+        for _ in range(20):
+            for found, expected in zip(held(texts, *KINDS), Views()(texts, *KINDS), strict=True):
+                assert_same(found, expected)
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(look, range(16)))
 
 
 def test_long_texts_are_looked_at_in_pieces(monkeypatch):
