@@ -1,4 +1,4 @@
-"""Personal data with a form of its own: e-mail, phone, IP address, card, IBAN, street address.
+"""Personal data with a form of its own: e-mail, IP address, card, IBAN, street address. Phone numbers: `phones.py`.
 
 Every pattern has bounded repetitions and is only asked where a cheap scan found its mark (an @, six digits, a colon), so the
 time is linear in the text, whatever it holds.
@@ -256,173 +256,6 @@ class Iban:
         return compact(value)
 
 
-# ---- phone numbers
-# Nothing is tried twice (possessive throughout): digits, then groups of digits with or without parentheses.
-# An extension may follow. Behind a comma that stands after digits a number begins only where four precede it: 1,415,555.
-_NUMBER = (
-    r"(?:\(?\+|(?<!\d\.)(?<!(?<!\d{4})(?<=\d),)\(?)\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+"
-    r"(?!(?!x\d)\w|[-./]\d)"
-)
-_PHONE, _NEXT_PHONE = re.compile(rf"(?<!\w)(?<!\d[-/]){_NUMBER}", re.ASCII), re.compile(_NUMBER, re.ASCII)
-# Two numbers and no groups of one, if there are seven digits on both of its sides.
-_BORDER_OF_TWO = re.compile(r" ?/ ?| - ")
-# A form that no other number has, to be found among others: behind a date, an item's number, a field's comma, another one.
-_NORTH_AMERICAN = re.compile(
-    r"[(2-9](?<![\w+=-].)(?<!\d\..)(?<!(?<!\d{4})/.)(?:(?<=\()[2-9]\d\d\) ?|(?<!\()\d\d-)[2-9]\d\d-\d{4}(?!\w|[-.]\d)", re.ASCII
-)
-# What stands between two numbers of which the first is known to be one.
-_BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}|\s-\s", re.IGNORECASE)
-_PHONE_WORD = re.compile(
-    r"(?:(?<![^\W_])(?:tels?|(?:cell|work|home|office|mobile|user|tele)?phones?|(?<!-)(?-i:[Pp]h|PH)(?!/)|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
-    r"|ring|t[eé]l[eé]phone|tel[eé]fono|(?:mobil)?telefon|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact"
-    r"|ruf(?=n)|msisdn|тел|телефон|моб|мобильный)(?:[ _-]?(?:numbers?|num|nummer|no|nr))?(?![^\W_])"
-    r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
-    re.IGNORECASE,
-)
-# A date, or a number with decimals.
-_DATE = re.compile(
-    r"(?:19|20)\d\d[-./ ][01]?\d[-./ ][0-3]?\d(?:\D.*)?|[0-3]?\d[-./ ][0-3]?\d[-./ ](?:19|20)\d\d(?:\D.*)?"
-    r"|(?:19|20)\d\d\W{1,3}(?:19|20)\d\d|\d\.\d+"
-)
-_NEIGHBOUR = re.compile(r"\d\W\Z")
-# Forms that say by themselves which country's number they hold.
-_NATIONAL_FORMS = re.compile(
-    r"(?P<US>(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d(?P<u>[ .-])[2-9]\d\d(?P=u)\d{4}))"
-    r"|(?P<FR>0[1-9](?P<f>[ .-])\d\d(?P=f)\d\d(?P=f)\d\d(?P=f)\d\d)|(?P<RU>8[ -]?\(\d{3}\)[ -]?\d{3}[ -]\d\d[ -]\d\d)"
-    r"|(?P<KR>01[016-9]-\d{3,4}-\d{4})|(?P<JP>0[5789]0-\d{4}-\d{4})|(?P<CN>1[3-9]\d(?P<c>[ -])\d{4}(?P=c)\d{4})"
-)
-
-
-class Phone:
-    """Finds phone numbers that `phonenumbers` (Google's libphonenumber) holds valid.
-
-    A number with its country's code, or in North American form, is taken anywhere; with a trunk 0 and separators if it is
-    valid in one of `regions`; any other number only behind a word like "phone".
-    """
-
-    def __init__(self, regions):
-        try:
-            import phonenumbers
-        except ImportError:
-            raise ConfigError("phone numbers need phonenumbers: pip install 'llmos-jax[privacy]'") from None
-        self._library = phonenumbers
-        self.regions = regions
-        unknown = [region for region in regions if region not in phonenumbers.SUPPORTED_REGIONS]
-        if unknown:
-            raise ConfigError(f"phone_regions: {unknown[0]!r} is no region of phonenumbers; give ISO 3166 codes, as US or DE.")
-
-    def find(self, view):
-        """Yields (start, end, "phone")."""
-        text, done, last = view.text, 0, 0
-        for start, end in view.runs:
-            place = max(done, start - 5)
-            for match in _numbers(text, place, end):
-                digits = _digits(match[0])
-                is_next = last and _BETWEEN.fullmatch(text, last, match.start())
-                if 7 <= digits <= 17 and self._is_phone(text, match, digits, bool(is_next)):
-                    last = match.end()
-                    yield match.start(), last, "phone"
-                done = match.end()
-            for match in _NORTH_AMERICAN.finditer(text, max(last, start - 1), end + 2):
-                if self._is_valid(match[0], "US"):
-                    last = match.end()
-                    yield match.start(), last, "phone"
-
-    def normal(self, value):
-        """Returns a number as +41446681800: in the region of its form, else in the first of `regions` where it is written so.
-
-        Of a number that several countries write alike, the first country's is taken.
-        """
-        number = _without_trunk(plain(value))
-        regions = [None] if number[:1] == "+" else [_region_of(number)]
-        if regions == [None] and number[:1] != "+":
-            regions = sorted(self.regions, key=lambda region: not self._is_written_so(number, region))
-        for region in regions:
-            if self._is_valid(number, region):
-                return self._library.format_number(self._library.parse(number, region), self._library.PhoneNumberFormat.E164)
-        return compact(value)
-
-    def _is_phone(self, text, match, digits, is_next):
-        number = _without_trunk(match[0])
-        if number[0] == "+":
-            return self._is_valid(number, None)
-        if _DATE.fullmatch(number):
-            return False
-        is_named = is_next or _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
-        if not is_named and text[max(0, match.start() - 1) : match.start()] in ("=", "."):
-            return False
-        region = _region_of(number)
-        if region:
-            return self._is_valid(number, region)
-        if is_named:
-            return any(self._is_valid(number, region) for region in self.regions)
-        is_alone = (
-            not _NEIGHBOUR.search(text, max(0, match.start() - 2), match.start())
-            and not text[match.end() + 1 : match.end() + 2].isdigit()
-        )
-        return (
-            number[0] in "0("
-            and digits >= 9
-            and is_alone
-            and any(self._is_written_so(number, region) for region in self.regions)
-        )
-
-    def _is_written_so(self, number, region):
-        """Whether the groups of a number are those of its country's own way of writing it."""
-        if number.isdigit() or re.search(r"[-.]", number):
-            return False
-        library = self._library
-        try:
-            parsed = library.parse(number, region)
-        except library.NumberParseException:
-            return False
-        if not library.is_valid_number(parsed):
-            return False
-        own = library.format_number(parsed, library.PhoneNumberFormat.NATIONAL)
-        return re.findall(r"\d+", own) == re.findall(r"\d+", number)
-
-    def _is_valid(self, number, region):
-        library = self._library
-        try:
-            return library.is_valid_number(library.parse(number, region))
-        except library.NumberParseException:
-            return False
-
-
-def _numbers(text, place, end):
-    """Yields matches of what may be phone numbers and begins before `end`, where a run of digits does: of two, each."""
-    match = _PHONE.search(text, place, end + 2)
-    while match and match.start() < end:
-        start = match.start()
-        for border in _BORDER_OF_TWO.finditer(text, start, match.end() + 3):
-            if _digits(text[start : border.start()]) >= 7 <= _digits(text[border.end() : min(end, border.end() + 25)]):
-                yield _NEXT_PHONE.match(text, start, border.start()) or match
-                place = border.end()
-                match = _NEXT_PHONE.match(text, place, end + 2) or _PHONE.search(text, place, end + 2)
-                break
-        else:
-            yield match
-            match = _PHONE.search(text, match.end(), end + 2)
-
-
-def _digits(value):
-    return sum(map(str.isdigit, value))
-
-
-def _without_trunk(number):
-    """Returns a number with + for 00, and without the trunk 0 that some write behind the country, as +44 (0)20."""
-    number = number.replace("(+", "+", 1) if number.startswith("(+") else number
-    if number.startswith(("+", "00")):
-        number = number.replace("(0)", "", 1)
-        return f"+{number[2:]}" if number.startswith("00") else number
-    return number.replace("(0)", "0", 1)
-
-
-def _region_of(number):
-    form = _NATIONAL_FORMS.fullmatch(number)
-    return form and next(name for name, value in form.groupdict().items() if value and name.isupper())
-
-
 # ---- street addresses
 _NAME = r"(?:[A-Z][\w'’.-]{0,24}|of|de|la|del|the|\d{1,3}(?:st|nd|rd|th|ST|ND|RD|TH)) "
 _STREETS = (
@@ -455,7 +288,7 @@ _ROMANCE = re.compile(
 
 
 # A year, a table, a page before "3rd Place".
-_RANK = re.compile(r"\d{1,4} \d{1,3}(?:st|nd|rd|th) (?:Place|Row|Circle|Court|Square|Close)", re.IGNORECASE)
+_RANK = re.compile(r"\d{1,4} \d{1,3}(?:st|nd|rd|th) (?:Place|Row|Circle|Court|Square|Close)\.?", re.IGNORECASE)
 _BEFORE_RANK = re.compile(r"(?<!\w)(?:in|table|chapter|page|figure|section|on|season|round|volume) \Z", re.IGNORECASE)
 
 

@@ -462,6 +462,19 @@ LOOKALIKES = {
 
 _BEFORE = ["We met on Monday. ", "The record says: ", "", "As agreed, ", "// see ", "In the annex,\n", "– "]
 _AFTER = [" and nothing else.", ".", "\n", ", which was noted.", " ", ";", ""]
+# Numbers beside the datum: of items, rooms, years; opening hours, postcodes.
+_BEFORE += ["1) ", "2) see ", "12\n", "12\t", "Room 5, ", "2014: ", "(24h) "]
+_AFTER += [
+    " 24 hours",
+    " - 24 hours",
+    " (24h)",
+    " (9 am - 5 pm)",
+    " / 3",
+    " 75008 Paris",
+    " - 75008 Paris",
+    " 24/7",
+    "\n12 more",
+]
 
 
 def personal(seed, count):
