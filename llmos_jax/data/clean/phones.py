@@ -27,11 +27,12 @@ _NORTH_AMERICAN = re.compile(
 )
 # What stands between two numbers of which the first is known to be one.
 _BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}|\s-\s", re.IGNORECASE)
+# The label that stands for one is no such word, and ends its reach.
 _PHONE_WORD = re.compile(
-    r"(?:(?<![^\W_])(?:t[eé]ls?|(?:cell|work|home|office|mobile|user|tele)?phones?|(?<!-)(?-i:[Pp]h|PH)(?!/)|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
+    r"(?:(?<![^\W_])(?!(?<=\[)(?-i:PHONE)\])(?:t[eé]ls?|(?:cell|work|home|office|mobile|user|tele)?phones?|(?<!-)(?-i:[Pp]h|PH)(?!/)|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
     r"|ring|t[eé]l[eé]phone|tel[eé]fono|(?:mobil)?telefon|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact"
     r"|ruf(?=n)|msisdn|тел|телефон|моб|мобильный)(?:[ _-]?(?:numbers?|num|nummer|no|nr))?(?![^\W_])"
-    r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
+    r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:(?!(?<=\[)(?-i:[A-Z_]{2,11})\])\w{1,8}\W{1,3}){0,3}\Z",
     re.IGNORECASE,
 )
 _GOES_ON = re.compile(r"[-./]\d", re.ASCII)
@@ -81,7 +82,7 @@ class Phone:
                 if stop:
                     yield match.start(), stop, "phone"
                     last, place = stop, place if stop == match.end() else stop
-                elif wide := _WIDE_SEPARATOR.search(text, match.start(), match.end()):
+                elif wide := _digits(match[0]) > 7 and _WIDE_SEPARATOR.search(text, match.start(), match.end()):
                     place = min(place, wide.end())
                 match = _NEXT_PHONE.match(text, place, end + 2) or _PHONE.search(text, place, end + 2)
             for match in _NORTH_AMERICAN.finditer(text, max(last, start - 1), end + 2):
@@ -106,6 +107,8 @@ class Phone:
     def _stop(self, text, match, last):
         """Returns where the number ends that a match begins with, None where it begins with none: what follows may be hours."""
         start = match.start()
+        if _digits(match[0]) < 7 or _DATE.fullmatch(match[0]):
+            return None
         is_named = bool((last and _BETWEEN.fullmatch(text, last, start)) or _PHONE_WORD.search(text, max(0, start - 40), start))
         is_sure = is_named or match[0].startswith(("+", "(+"))
         return next((stop for stop in _stops(match, is_sure) if self._is_phone(text, start, stop, is_named)), None)

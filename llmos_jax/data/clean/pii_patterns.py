@@ -109,12 +109,24 @@ _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 _DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.", re.ASCII)
 # A hyphen before or after it parts two of them, or belongs to something else.
 _IPV4 = re.compile(
-    rf"(?<![\w.+])(?<!(?<!\d\d\.\d)(?<!\d\.\d\d)(?<!\.\d\d\d)-)(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\d|-(?!{_OCTET}\.\d))",
+    rf"(?<![\w.+])(?<!(?<!\d\d\.\d)(?<!\d\.\d\d)(?<!\.\d\d\d)-)(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}"
+    rf"(?!\w|\.\d(?!\d{{0,4}}(?: >|:))|-(?!{_OCTET}\.\d))",
     re.ASCII,
 )
+# As tcpdump writes two addresses with their ports. A fifth number elsewhere is one of a version or an OID.
+_DUMPED = re.compile(
+    rf"(?<![\w.])((?:{_OCTET}\.){{3}}{_OCTET})(?:\.[\w-]{{1,20}})? > ((?:{_OCTET}\.){{3}}{_OCTET})(?:\.[\w-]{{1,20}})?:(?!\w)",
+    re.ASCII,
+)
+_LONGEST_DUMPED = 90
 # The first colon of what may be one, and what it may be.
 _FIRST_COLON = re.compile(r":(?<=[23fF][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]")
-_IPV6 = re.compile(r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?![\w:]|\.\d)", re.ASCII)
+_IPV6 = re.compile(
+    r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?!\w|:[0-9A-Fa-f:]|\.\d(?!\d{0,4}\.?(?![\w.])))",
+    re.ASCII,
+)
+# That of a sentence: "from 2a00::1: no answer".
+_COLON_BEHIND = re.compile(r"(?:(?<=[^:])|(?<=::)):\Z")
 # Elsewhere hexadecimal words before "::" (Add::, Face::b) would be addresses.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _LOCAL_UNICAST = ipaddress.ip_network("fc00::/6")
@@ -124,12 +136,18 @@ _VERSION = re.compile(
 )
 # Four small numbers are a version or a section more often than an address, unless something says so.
 _SMALL = re.compile(r"(?:[12]?\d\.){3}[12]?\d")
+_GOES_ON = re.compile(r"\.\d", re.ASCII)
 _PORT = re.compile(r":\d{2,5}(?![\w:])", re.ASCII)
 _IP_WORD = re.compile(r"(?:\bip|ipv4|host\w*|addr\w*|from|server|client|ping|peer|dns|gateway|//|@)[\W]{0,4}\Z", re.IGNORECASE)
 
 
 def _is_version(text, match):
-    before = (text, max(0, match.start() - 14), match.start())
+    start = match.start()
+    if _GOES_ON.match(text, match.end()):
+        dumped = _DUMPED.search(text, max(0, start - _LONGEST_DUMPED), start + _LONGEST_DUMPED)
+        is_sure = dumped and (text.endswith("IP ", 0, dumped.start()) or not all(map(_SMALL.fullmatch, dumped.groups())))
+        return not (is_sure and start in (dumped.start(1), dumped.start(2)))
+    before = (text, max(0, start - 14), start)
     is_small = _SMALL.fullmatch(match[0]) and not _PORT.match(text, match.end())
     return bool(_VERSION.search(*before) or (is_small and not _IP_WORD.search(*before)))
 
@@ -144,7 +162,7 @@ class IpAddress:
         """Yields (start, end, "ip")."""
         text = view.text
         for dots in _DOTS.finditer(text):
-            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 10)
+            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 14)
             if match and match.start() < dots.start() and self._is_meant(match[0]) and not _is_version(text, match):
                 yield match.start(), match.end(), "ip"
         done = 0
@@ -153,8 +171,9 @@ class IpAddress:
             if match:
                 done = match.end()
                 before = text[match.start() - 1] if match.start() else " "
-                if not (before.isalnum() or before in "_:.") and self._is_meant(match[0]):
-                    yield match.start(), match.end(), "ip"
+                stop = done - bool(_COLON_BEHIND.search(match[0]))
+                if not (before.isalnum() or before in "_:.") and self._is_meant(text[match.start() : stop]):
+                    yield match.start(), stop, "ip"
 
     @staticmethod
     def normal(value):
