@@ -31,6 +31,8 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
+# Devices with the same values write a share each only where a share is worth it: each is cut out by a program of its own.
+_REPLICA_SLICE_BYTES = 2**20
 # A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -100,7 +102,7 @@ class Checkpointer:
         record["digest"] = _digest(record)
         import orbax.checkpoint as ocp
 
-        items = {key: ocp.args.StandardSave({key: value}) for key, value in tree.items()}
+        items = {key: ocp.args.PyTreeSave({key: value}) for key, value in tree.items()}
         failure = None
         try:
             self._open().save(
@@ -246,7 +248,12 @@ class Checkpointer:
         if self._engine is None:
             import orbax.checkpoint as ocp
 
-            self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_REPLICA_SLICE_BYTES)
+            types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            handlers.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
+            handlers.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+            self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=handlers))
         return self._engine
 
     def _open_reader(self):
