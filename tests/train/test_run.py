@@ -97,11 +97,11 @@ def test_a_run_learns_and_leaves_what_it_promises(uninterrupted):
 
 def test_a_run_goes_over_stages_and_back(tmp_path):
     """Saved in the layers' natural order, drawn from and read where they lie: in several blocks a stage, and cut three ways."""
-    common = dict(model__layers=4, model__execution="scan", model__dropout=0.0, task__sample_tokens=12)
+    common = dict(model__layers=4, model__execution="scan", model__dropout=0.0)
     stages = dict(mesh__pipeline=2, mesh__pipeline_repeats=2, mesh__data=2, mesh__model=2)
     api.run_training(settings_for(train__steps=6, **common), tmp_path / "plain")
-    for steps, mesh in ((2, stages), (4, {}), (6, stages)):
-        settings = settings_for(train__steps=steps, **common, **mesh)
+    for steps, mesh, tokens in ((2, stages, 1), (4, {}, 1), (6, stages, 12)):
+        settings = settings_for(train__steps=steps, task__sample_tokens=tokens, **common, **mesh)
         api.run_training(settings, tmp_path / "over")
     curves = [losses(tmp_path / name) for name in ("plain", "over")]
     assert list(curves[0]) == list(curves[1]) == [1, 2, 3, 4, 5, 6]
