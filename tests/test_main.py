@@ -63,15 +63,12 @@ def test_generate(run_directory, tmp_path, capsys):
     first = llmos("generate", *flags, "--prompt=def f")
     assert first.returncode == 0 and first.stdout.startswith("def f") and len(first.stdout) > 7
 
-    def generate(*more):
-        assert main(["llmos", "generate", *flags, *more]) == 0
-        return capsys.readouterr().out
-
-    assert generate("--prompt=def f") == first.stdout
     (tmp_path / "prompts.txt").write_text("def f\nimport\n")
-    several = generate(f"--prompt_file={tmp_path / 'prompts.txt'}")
+    assert main(["llmos", "generate", *flags, f"--prompt_file={tmp_path / 'prompts.txt'}"]) == 0
+    several = capsys.readouterr().out
     assert several.startswith(first.stdout.rstrip("\n")) and several.count("---\n") == 2
-    assert generate("--prompt=def f", "--n=3").count("---\n") == 3
+    assert main(["llmos", "generate", *flags, "--prompt=def f", "--n=3"]) == 0
+    assert capsys.readouterr().out.count("---\n") == 3
     assert main(["llmos", "generate", f"--workdir={run_directory}", "--prompt=a", "--step=99"]) == 65
 
 
