@@ -2,7 +2,7 @@
 
     python scripts/benchmark_steps.py corpus/manuals [--megabytes=20] [--steps=gopher_quality,minhash_duplicates]
 
-`words` and `lines` are what several steps look at; it is found by the first of them and kept for the others, so the other
+`words and lines` are what several steps look at; it is found by the first of them and kept for the others, so the other
 figures are without it. Of steps that depend on all documents, `emit` is what is done for each shard.
 """
 
@@ -12,13 +12,15 @@ import time
 import numpy as np
 
 from llmos_jax.data.clean.documents import Documents
-from llmos_jax.data.clean.lines import lines_of
+from llmos_jax.data.clean.lines import LineHashes, Lines, LineWords
 from llmos_jax.data.clean.normalise import Normalise
 from llmos_jax.data.clean.steps import Filter, apply_step, parse_steps, step_names
-from llmos_jax.data.clean.words import words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import FoldedHashes, WordHashes, Words
 from llmos_jax.data.sources import SourceConfig, list_files, read_documents
 
 _SHARD_BYTES = 8_000_000
+_VIEWS = (Words, WordHashes, FoldedHashes, Lines, LineWords, LineHashes)
 _NEED_FILES = {"decontaminate", "quality_classifier"}
 
 
@@ -32,9 +34,8 @@ def main():
     shards = list(read_shards(options.source, options.megabytes * 1_000_000))
     size = sum(int(shard.utf8_bytes.sum()) for shard in shards) / 1e6
     print(f"{size:.1f} MB, {sum(map(len, shards)):,} documents, {len(shards)} shards; MB per second of one core's time")
-    for name, find in (("words", words_of), ("lines", lines_of)):
-        find(["the first call builds tables"])
-        print(f"{name:24s} {size / seconds(lambda find=find: [find(shard.texts) for shard in shards]):8.1f}")
+    view_of(["the first call builds tables"], *_VIEWS)
+    print(f"{'words and lines':24s} {size / seconds(lambda: [view_of(shard.texts, *_VIEWS) for shard in shards]):8.1f}")
     for step in parse_steps([{"step": name} for name in options.steps.split(",")]):
         print(f"{step.name:24s} {size / sum(seconds_of(step, shard) for shard in shards):8.1f}")
 
@@ -58,7 +59,7 @@ def read_shards(source, most_bytes):
 def seconds_of(step, shard):
     """Returns the CPU seconds of one step on a shard whose words and lines are known."""
     apply_step(step, [shard.select(np.arange(len(shard)) < 3)])  # loads models and tables
-    words_of(shard.texts), lines_of(shard.texts)
+    view_of(shard.texts, *_VIEWS)
     if step.is_global:
         return seconds(lambda: step.emit(shard))
     return seconds(lambda: step.decide(step.annotate(shard)) if isinstance(step, Filter) else step.transform(shard))

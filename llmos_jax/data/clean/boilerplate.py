@@ -7,8 +7,9 @@ import numpy as np
 
 from llmos_jax.config import setting
 from llmos_jax.data.clean.c4 import keep_lines
-from llmos_jax.data.clean.lines import lines_of
+from llmos_jax.data.clean.lines import Lines
 from llmos_jax.data.clean.steps import Transform, register
+from llmos_jax.data.clean.views import view_of
 
 _COUNTER = re.compile(
     r"\s*[\d.,]+[km]?\s*(?:likes?|shares?|comments?|retweets?|reposts?|views?|followers?|replies|reply|votes?)\W*", re.I
@@ -33,7 +34,7 @@ class Boilerplate(Transform):
     def transform(self, documents, findings=None):
         """Returns (texts, {"lines": how many went, int32 [n]}, the lines)."""
         texts, phrases = documents.texts, frozenset(self.phrases)
-        lines = lines_of(texts)
+        [lines] = view_of(texts, Lines)
         is_short = (lines.words > 0) & (lines.words <= self.max_words)
         keep = np.ones(len(is_short), bool)
         # Lines are looked at one by one, but each distinct one only once.

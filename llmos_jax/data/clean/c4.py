@@ -7,8 +7,9 @@ import numpy as np
 
 from llmos_jax.config import setting
 from llmos_jax.data.clean.gopher import first_reason
-from llmos_jax.data.clean.lines import lines_of
+from llmos_jax.data.clean.lines import Lines, LineWords
 from llmos_jax.data.clean.steps import Filter, Transform, register, threshold
+from llmos_jax.data.clean.views import view_of
 
 _CITATION = re.compile(r"\[\d*\]|\[edit\]|\[citation needed\]")
 POLICY_PHRASES = ("terms of use", "privacy policy", "cookie policy", "uses cookies", "use of cookies", "use cookies")
@@ -60,8 +61,8 @@ class C4Lines(Transform):
             for number, text in enumerate(texts):
                 if "]" in text and (found := _CITATION.findall(text)):
                     texts[number], citations[number], marks[number] = _CITATION.sub("", text), len(found), " ".join(found)
-        lines = lines_of(texts)
-        keep = (lines.words >= self.min_words) & (lines.longest <= self.max_word_length)
+        lines, words = view_of(texts, Lines, LineWords)
+        keep = (lines.words >= self.min_words) & (words.longest <= self.max_word_length)
         if self.needs_end_mark:
             keep &= lines.ends_quoted
         keep &= ~lines_with(texts, lines, self.phrases)
@@ -84,9 +85,9 @@ class C4Quality(Filter):
 
     def annotate(self, documents, findings=None):
         """Returns {"sentences": int32, "has_brace", "has_lorem_ipsum": bool}, each [n]."""
-        lines = lines_of(documents.texts)
+        [words] = view_of(documents.texts, LineWords)
         return {
-            "sentences": lines.totals(lines.sentences).astype(np.int32),
+            "sentences": words.totals(words.sentences).astype(np.int32),
             "has_brace": np.array(["{" in text for text in documents.texts], bool),
             "has_lorem_ipsum": np.array(["lorem ipsum" in text.lower() for text in documents.texts], bool),
         }

@@ -17,7 +17,8 @@ from llmos_jax.data.clean.gopher import first_reason
 from llmos_jax.data.clean.lists import content_of
 from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.data.clean.words import words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import FoldedHashes
 from llmos_jax.errors import ConfigError, DataError
 
 _FORMAT = "llmos-quality-classifier-1"
@@ -37,11 +38,11 @@ def features(texts, config):
     """Returns a sparse matrix [documents, 2 ** bits], float64: how often each bucket occurs, rows of length one."""
     from scipy.sparse import csr_array
 
-    words = words_of(texts)
+    [words] = view_of(texts, FoldedHashes)
     buckets, owners = [], []
     for n in config.ngrams:
         places, documents = ngram_places(words.first, n)
-        buckets.append((ngram_hashes(words.folded, n)[places] >> np.uint64(64 - config.bits)).astype(np.int64))
+        buckets.append((ngram_hashes(words.values, n)[places] >> np.uint64(64 - config.bits)).astype(np.int64))
         owners.append(documents)
     buckets, owners = np.concatenate(buckets), np.concatenate(owners)
     shape = (len(texts), 1 << config.bits)

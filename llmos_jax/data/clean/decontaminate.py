@@ -10,7 +10,8 @@ from llmos_jax.config import setting
 from llmos_jax.data.clean.gopher import first_reason, ratio
 from llmos_jax.data.clean.repeats import ngram_hashes, ngram_places
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.data.clean.words import words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import FoldedHashes, Words
 from llmos_jax.data.fields import PassedOver
 from llmos_jax.data.sources import SourceConfig, content_hash, list_files, read_records
 from llmos_jax.errors import ConfigError, DataError
@@ -52,10 +53,10 @@ class Decontaminate(Filter):
 
     def annotate(self, documents, findings=None):
         """Returns {"matches": places that match, int32; "share": of a document's n-grams, float64}, each [n]."""
-        words = words_of(documents.texts)
+        words, folded = view_of(documents.texts, Words, FoldedHashes)
         real = np.flatnonzero(~words.is_sign)
         first = np.searchsorted(real, words.first)
-        folded = words.folded[real]
+        folded = folded.values[real]
         matches = np.zeros(len(documents), np.int64)
         for length, known in self._evaluation()[0].items():
             places, owners = ngram_places(first, length)
@@ -107,7 +108,7 @@ def _evaluation(paths, text_key, n, min_words, content):
                 passed_over[item.reason] += 1
             else:
                 texts.append(item.text)
-    words = words_of(texts)
+    words, folded = view_of(texts, Words, FoldedHashes)
     real = np.flatnonzero(~words.is_sign)
     first = np.searchsorted(real, words.first)
     counts = np.diff(first)
@@ -116,7 +117,7 @@ def _evaluation(paths, text_key, n, min_words, content):
         # Texts of at least n words by their n-grams, a shorter one as a whole.
         chosen = counts >= n if length == n else counts == length
         places, owners = ngram_places(first, length)
-        hashes = ngram_hashes(words.folded[real], length)[places[chosen[owners]]]
+        hashes = ngram_hashes(folded.values[real], length)[places[chosen[owners]]]
         if len(hashes):
             found[length] = HashSet(hashes)
     if not found:

@@ -10,9 +10,11 @@ import hashlib
 import numpy as np
 
 from llmos_jax.config import setting
+from llmos_jax.data.clean.characters import mixed
 from llmos_jax.data.clean.repeats import ngram_hashes
 from llmos_jax.data.clean.steps import Filter, Global, register
-from llmos_jax.data.clean.words import mixed, words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import FoldedHashes, Words
 from llmos_jax.errors import ConfigError
 
 _EDGE = np.dtype([("document", np.int64), ("kept", np.int64)])
@@ -154,13 +156,13 @@ class MinhashDuplicates(_Duplicates):
 
     def shingles(self, texts):
         """Returns (hashes of n-grams, borders uint64 [c + 1], numbers of the c documents that have words)."""
-        words = words_of(texts)
+        words, folded = view_of(texts, Words, FoldedHashes)
         real = np.flatnonzero(~words.is_sign)
         borders = np.searchsorted(real, words.first)
         counts = np.diff(borders)
         chosen = np.flatnonzero(counts)
         n = np.minimum(counts[chosen], self.ngram)
-        folded = words.folded[real]
+        folded = folded.values[real]
         sizes = counts[chosen] - n + 1
         offsets = np.concatenate([[0], np.cumsum(sizes)])
         start = np.repeat(borders[chosen] - offsets[:-1], sizes) + np.arange(offsets[-1])

@@ -5,11 +5,13 @@ import dataclasses
 import numpy as np
 
 from llmos_jax.config import setting
+from llmos_jax.data.clean.characters import mixed
 from llmos_jax.data.clean.gopher import first_reason, ratio
-from llmos_jax.data.clean.lines import lines_of
+from llmos_jax.data.clean.lines import LineHashes, Lines
 from llmos_jax.data.clean.repeats import repeated
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.data.clean.words import mixed, words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import Words
 
 
 @register
@@ -27,12 +29,12 @@ class FinewebQuality(Filter):
     def annotate(self, documents, findings=None):
         """Returns shares of lines and characters; blank lines count only as newlines."""
         texts = documents.texts
-        lines, words = lines_of(texts), words_of(texts)
+        lines, hashes, words = view_of(texts, Lines, LineHashes, Words)
         some = lines.words > 0
         count = lines.totals(some)
         document = lines.documents
         again = np.zeros(len(some), bool)
-        again[some] = repeated(lines.hashes[some] ^ mixed(document[some]))
+        again[some] = repeated(hashes.values[some] ^ mixed(document[some]))
         return {
             "punctuated_lines": ratio(lines.totals(lines.ends_sentence & some), count),
             "short_lines": ratio(lines.totals((lines.lengths <= self.short_line) & some), count),

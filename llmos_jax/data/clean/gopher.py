@@ -5,10 +5,12 @@ import dataclasses
 import numpy as np
 
 from llmos_jax.config import setting
-from llmos_jax.data.clean.lines import lines_of
+from llmos_jax.data.clean.characters import hash_of, mixed
+from llmos_jax.data.clean.lines import LineHashes, Lines
 from llmos_jax.data.clean.repeats import repeated, repetition
 from llmos_jax.data.clean.steps import Filter, register, threshold
-from llmos_jax.data.clean.words import hash_of, mixed, words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import WordHashes, Words
 from llmos_jax.errors import ConfigError
 
 STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
@@ -53,19 +55,21 @@ class GopherQuality(Filter):
     def annotate(self, documents, findings=None):
         """Returns counts and ratios of each document; the names of attributes say which."""
         texts = documents.texts
-        words, lines = words_of(texts), lines_of(texts)
+        words, hashes, lines = view_of(texts, Words, WordHashes, Lines)
         counts, line_counts = np.diff(words.first), np.diff(lines.first)
         real = words.totals(~words.is_sign)
         found = np.zeros((len(self.stop_words), len(texts)), bool)
+        short = np.flatnonzero(words.lengths <= max(map(len, self.stop_words), default=0))
+        keys = hashes.values[short]
         for row, word in zip(found, self.stop_words, strict=True):
-            places = np.flatnonzero(words.hashes == hash_of(word))
+            places = short[keys == hash_of(word)]
             row[np.searchsorted(words.first, places, side="right") - 1] = True
-        hashes = np.array([text.count("#") for text in texts], np.int32)
+        number_signs = np.array([text.count("#") for text in texts], np.int32)
         dots = np.array([text.count("...") + text.count("…") for text in texts], np.int32)
         return {
             "words": real.astype(np.int32),
             "mean_word_length": ratio(words.totals(np.where(words.is_sign, 0, words.lengths)), real),
-            "hash_ratio": ratio(hashes, counts),
+            "hash_ratio": ratio(number_signs, counts),
             "ellipsis_ratio": ratio(dots, counts),
             "bullet_lines": ratio(lines.totals(lines.has_bullet), line_counts),
             "ellipsis_lines": ratio(lines.totals(lines.has_ellipsis), line_counts),
@@ -120,14 +124,17 @@ class GopherRepetition(Filter):
         texts = documents.texts
         characters = np.fromiter(map(len, texts), np.int64, len(texts))
         found = {}
-        lines = lines_of(texts)
-        for name, (document, keys, lengths) in (("line", _lines(lines)), ("paragraph", _paragraphs(lines))):
+        words, hashes, lines, line_hashes = view_of(texts, Words, WordHashes, Lines, LineHashes)
+        for name, (document, keys, lengths) in (
+            ("line", _lines(lines, line_hashes.values)),
+            ("paragraph", _paragraphs(lines, line_hashes.values)),
+        ):
             again = repeated(keys)
             total = np.bincount(document, minlength=len(texts))
             found[f"duplicate_{name}s"] = ratio(np.bincount(document[again], minlength=len(texts)), total)
             inside = np.bincount(document[again], weights=lengths[again], minlength=len(texts))
             found[f"duplicate_{name}_characters"] = ratio(inside, characters)
-        top, duplicate = repetition(words_of(texts), (2, 3, 4), range(5, 11))
+        top, duplicate = repetition(words, hashes.values, (2, 3, 4), range(5, 11))
         found |= {f"top_{n}_gram": ratio(count, characters) for n, count in top.items()}
         found |= {f"duplicate_{n}_grams": ratio(count, characters) for n, count in duplicate.items()}
         return found
@@ -148,24 +155,24 @@ class GopherRepetition(Filter):
         return first_reason(rules, len(a["duplicate_lines"]))
 
 
-def _lines(lines):
+def _lines(lines, hashes):
     """Returns (document, key, characters) of lines that are not empty; keys are equal only within a document."""
     some = lines.lengths > 0
     document = lines.documents[some]
-    return document, lines.hashes[some] ^ mixed(document), lines.lengths[some]
+    return document, hashes[some] ^ mixed(document), lines.lengths[some]
 
 
-def _paragraphs(lines):
+def _paragraphs(lines, hashes):
     """Returns the same of paragraphs, which blank lines part."""
     document = lines.documents
     some = np.flatnonzero(lines.lengths > 0)
     if not len(some):
-        return document[:0], lines.hashes[:0], lines.lengths[:0]
+        return document[:0], hashes[:0], lines.lengths[:0]
     begins = np.flatnonzero(np.diff(some, prepend=-2) > 1)
     begins = np.union1d(begins, np.flatnonzero(np.diff(document[some], prepend=-1)))
     # A paragraph's key depends on the order of its lines: each counts by its place.
     place = np.arange(len(some)) - np.repeat(begins, np.diff(np.append(begins, len(some))))
-    keys = np.add.reduceat(mixed(lines.hashes[some] + mixed(place)), begins)
+    keys = np.add.reduceat(mixed(hashes[some] + mixed(place)), begins)
     sizes = np.add.reduceat(lines.lengths[some] + 1, begins) - 1
     document = document[some[begins]]
     return document, keys ^ mixed(document), sizes

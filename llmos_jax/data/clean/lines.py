@@ -1,4 +1,4 @@
-"""Lines and paragraphs of a shard in arrays: lengths, hashes, how they start and end; found once for all steps that look.
+"""Lines of a shard in arrays: lengths, hashes, how they start and end: views of texts.
 
 Lines end at `\\n` alone: the step `normalise` comes first.
 """
@@ -8,7 +8,8 @@ import functools
 
 import numpy as np
 
-from llmos_jax.data.clean.words import OfTexts, characters_that, code_points, prefix_sums, stretch_hashes
+from llmos_jax.data.clean.characters import characters_that
+from llmos_jax.data.clean.views import View
 
 # Unicode's property Sentence_Terminal, in ranges: what ends a sentence in any script.
 _TERMINAL_RANGES = (
@@ -19,42 +20,59 @@ _TERMINAL_RANGES = (
     "111C5-111C6 111CD 111DE-111DF 11238-11239 1123B-1123C 112A9 1144B-1144C 115C2-115C3 115C9-115D7 11641-11642 1173C-1173E "
     "11944 11946 11A42-11A43 11A9B-11A9C 11C41-11C42 11EF7-11EF8 16A6E-16A6F 16AF5 16B37-16B38 16B44 16E98 1BC9F 1DA88"
 )
-_SPACE, _TERMINAL, _QUOTE, _CLOSING, _BULLET, _DOT, _ELLIPSIS = (1 << bit for bit in range(7))
+_SPACE, _TERMINAL, _CLOSING, _BULLET, _DOT, _ELLIPSIS, _NEWLINE, _C4 = (1 << bit for bit in range(8))
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
+class Lines(View):
     """Lines of n documents, N in all, in order, blank ones too.
 
-    first: [n + 1], document d has the lines first[d] .. first[d + 1].
-    lengths: int32 [N], characters. hashes: uint64 [N].
-    words, longest, sentences: int32 [N], of what stands between blanks: how many, characters of the longest, and how many end
-    a sentence before the line's end, plus one.
+    lengths: int32 [N], characters. words: int32 [N], how many stand between blanks.
     has_bullet, has_ellipsis: bool [N], whether it starts with one, ends with one, blanks aside.
     ends_sentence: bool [N], whether it ends with a mark that ends sentences in any script.
     ends_quoted: bool [N], whether it ends, blanks aside, with one of . ? ! " ' and not with `...` (C4's rule).
     """
 
-    first: np.ndarray
     lengths: np.ndarray
-    hashes: np.ndarray
     words: np.ndarray
-    longest: np.ndarray
-    sentences: np.ndarray
     has_bullet: np.ndarray
     has_ellipsis: np.ndarray
     ends_sentence: np.ndarray
     ends_quoted: np.ndarray
 
-    @property
-    def documents(self):
-        """Number of the document of each line, int64 [N]."""
-        return np.repeat(np.arange(len(self.first) - 1), np.diff(self.first))
+    @classmethod
+    def find(cls, batch):
+        """Returns the Lines of a batch."""
+        return _find(batch)
 
-    def totals(self, values):
-        """Returns the sums over the lines of each document of `values` [N], as numbers [n]."""
-        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return sums[self.first[1:]] - sums[self.first[:-1]]
+
+@dataclasses.dataclass(frozen=True)
+class LineWords(View):
+    """What stands between blanks in the same lines.
+
+    longest, sentences: int32 [N], characters of the longest, and how many end a sentence before the line's end, plus one.
+    """
+
+    longest: np.ndarray
+    sentences: np.ndarray
+
+    @classmethod
+    def find(cls, batch):
+        """Returns the LineWords of a batch."""
+        return _find_words(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class LineHashes(View):
+    """Hashes of the same lines, uint64 [N]."""
+
+    values: np.ndarray
+
+    @classmethod
+    def find(cls, batch):
+        """Returns the LineHashes of a batch."""
+        begin, end, first = batch.once(_line_borders)
+        return cls(first=first, values=batch.hashes(begin, end))
 
 
 @functools.cache
@@ -68,50 +86,50 @@ def terminals():
 def _flags_table():
     flags = np.zeros(0x110000, np.uint8)
     flags[characters_that(np.strings.isspace)] = _SPACE
-    sets = ((terminals(), _TERMINAL), ("\"'", _QUOTE), ("\"')]}”’»", _CLOSING), ("•-", _BULLET), (".", _DOT), ("…", _ELLIPSIS))
-    for characters, flag in sets:
+    # C4 knows only the marks of English.
+    sets = {
+        _TERMINAL: terminals(), _CLOSING: "\"')]}”’»", _BULLET: "•-", _DOT: ".", _ELLIPSIS: "…", _NEWLINE: "\n", _C4: ".?!\"'",
+    }  # fmt: skip
+    for flag, characters in sets.items():
         flags[[ord(c) for c in characters]] |= flag
     return flags
 
 
-def _find(texts):
-    """Returns the Lines of one batch."""
-    codes, starts = code_points(texts)
-    flags = _flags_table()[codes]
-    newlines = np.flatnonzero(codes == 10)
+def _flags(batch):
+    return _flags_table().take(batch.codes)
+
+
+def _line_borders(batch):
+    """Returns (where the lines of a batch start, where they stop, `first` of their views)."""
+    newlines = np.flatnonzero((batch.once(_flags) & _NEWLINE) > 0)
     begin, end = newlines[:-1] + 1, newlines[1:]
-    is_space = (flags & _SPACE) > 0
-    # What stands between blanks; the text starts and ends with one.
-    start = np.flatnonzero(is_space[:-1] & ~is_space[1:]) + 1
-    stop = np.flatnonzero(~is_space[:-1] & is_space[1:]) + 1
-    first = np.searchsorted(start, begin)
-    last = np.append(first[1:], len(start))
-    words = last - first
-    some = np.flatnonzero(words)
-    longest, sentences = np.zeros(len(begin), np.int32), np.zeros(len(begin), np.int32)
+    return begin, end, np.append(np.searchsorted(begin, batch.starts), len(begin))
+
+
+def _words_between(batch):
+    """Returns (start, stop of what stands between blanks; numbers of the first of each line, and of the one after its last)."""
+    is_space = batch.once(_flags) & _SPACE
+    # The text starts and ends with a blank, so every other border is a start.
+    borders = np.flatnonzero(is_space[1:] != is_space[:-1]) + 1
+    start, stop = borders[::2], borders[1::2]
+    first = np.searchsorted(start, batch.once(_line_borders)[0])
+    return start, stop, first, np.append(first[1:], len(start))
+
+
+def _find(batch):
+    flags, (begin, end, first_lines) = batch.once(_flags), batch.once(_line_borders)
+    start, stop, first, last = batch.once(_words_between)
+    some = np.flatnonzero(last - first)
     has_bullet, has_ellipsis, ends_quoted = (np.zeros(len(begin), bool) for _ in range(3))
-    if len(some):
-        final = flags[stop - 1]
-        before = flags[stop - 2]
-        is_dots = ((final & before) & _DOT) > 0
-        ends = ((final & _TERMINAL) > 0) | (((final & _CLOSING) > 0) & ((before & _TERMINAL) > 0))
-        ends &= ~is_dots
-        longest[some] = np.maximum.reduceat(stop - start, first[some])
-        counts = np.concatenate([[0], np.cumsum(ends)])
-        sentences[some] = counts[last[some] - 1] - counts[first[some]] + 1
-        has_bullet[some] = (flags[start[first[some]]] & _BULLET) > 0
-        tail = stop[last[some] - 1]
-        dotted = ((flags[tail - 1] & flags[tail - 2] & flags[tail - 3]) & _DOT) > 0
-        has_ellipsis[some] = dotted | ((flags[tail - 1] & _ELLIPSIS) > 0)
-        # C4 knows only the marks of English.
-        ends_quoted[some] = np.isin(codes[tail - 1], [ord(c) for c in ".?!\"'"]) & ~dotted
+    has_bullet[some] = (flags[start[first[some]]] & _BULLET) > 0
+    tail = stop[last[some] - 1]
+    dotted = ((flags[tail - 1] & flags[tail - 2] & flags[tail - 3]) & _DOT) > 0
+    has_ellipsis[some] = dotted | ((flags[tail - 1] & _ELLIPSIS) > 0)
+    ends_quoted[some] = ((flags[tail - 1] & _C4) > 0) & ~dotted
     return Lines(
-        first=np.append(np.searchsorted(begin, starts), len(begin)),
+        first=first_lines,
         lengths=(end - begin).astype(np.int32),
-        hashes=stretch_hashes(prefix_sums(codes), begin, end),
-        words=words.astype(np.int32),
-        longest=longest,
-        sentences=sentences,
+        words=(last - first).astype(np.int32),
         has_bullet=has_bullet,
         has_ellipsis=has_ellipsis,
         ends_sentence=((flags[end - 1] & _TERMINAL) > 0) & (end > begin),
@@ -119,5 +137,15 @@ def _find(texts):
     )
 
 
-# Returns the Lines of a list of texts.
-lines_of = OfTexts(_find)
+def _find_words(batch):
+    flags, (start, stop, first, last) = batch.once(_flags), batch.once(_words_between)
+    some = np.flatnonzero(last - first)
+    longest, sentences = np.zeros(len(first), np.int32), np.zeros(len(first), np.int32)
+    if len(some):
+        final, before = flags[stop - 1], flags[stop - 2]
+        ends = ((final & _TERMINAL) > 0) | (((final & _CLOSING) > 0) & ((before & _TERMINAL) > 0))
+        ends &= (final & before & _DOT) == 0
+        longest[some] = np.maximum.reduceat(stop - start, first[some])
+        counts = np.concatenate([[0], np.cumsum(ends)])
+        sentences[some] = counts[last[some] - 1] - counts[first[some]] + 1
+    return LineWords(first=batch.once(_line_borders)[2], longest=longest, sentences=sentences)

@@ -14,6 +14,7 @@ import numpy as np
 from llmos_jax.config import setting
 from llmos_jax.data.clean import pii_patterns as patterns
 from llmos_jax.data.clean.national_ids import NationalIds
+from llmos_jax.data.clean.phones import Phone
 from llmos_jax.data.clean.pii_view import views
 from llmos_jax.data.clean.secrets import Secrets, is_all_password
 from llmos_jax.data.clean.steps import Transform, register
@@ -56,7 +57,7 @@ class Pii(Transform):
     )
 
     libraries = ("phonenumbers", "python-stdnum")
-    version = 4
+    version = 5
 
     def __post_init__(self):
         super().__post_init__()
@@ -125,7 +126,7 @@ class Scanner:
             "national_id": NationalIds,
             "email": patterns.Email,
             "ip": functools.partial(patterns.IpAddress, step.with_private_ips),
-            "phone": functools.partial(patterns.Phone, step.phone_regions),
+            "phone": functools.partial(Phone, step.phone_regions),
             "address": patterns.StreetAddress,
             "person": _Names,
         }

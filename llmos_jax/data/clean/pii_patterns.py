@@ -1,4 +1,4 @@
-"""Personal data with a form of its own: e-mail, phone, IP address, card, IBAN, street address.
+"""Personal data with a form of its own: e-mail, IP address, card, IBAN, street address. Phone numbers: `phones.py`.
 
 Every pattern has bounded repetitions and is only asked where a cheap scan found its mark (an @, six digits, a colon), so the
 time is linear in the text, whatever it holds.
@@ -109,12 +109,24 @@ _OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
 _DOTS = re.compile(r"\.\d{1,3}\.\d{1,3}\.", re.ASCII)
 # A hyphen before or after it parts two of them, or belongs to something else.
 _IPV4 = re.compile(
-    rf"(?<![\w.+])(?<!(?<!\d\d\.\d)(?<!\d\.\d\d)(?<!\.\d\d\d)-)(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}(?!\w|\.\d|-(?!{_OCTET}\.\d))",
+    rf"(?<![\w.+])(?<!(?<!\d\d\.\d)(?<!\d\.\d\d)(?<!\.\d\d\d)-)(?<!\d[:/])(?:{_OCTET}\.){{3}}{_OCTET}"
+    rf"(?!\w|\.\d(?!\d{{0,4}}(?: >|:))|-(?!{_OCTET}\.\d))",
     re.ASCII,
 )
+# As tcpdump writes two addresses with their ports. A fifth number elsewhere is one of a version or an OID.
+_DUMPED = re.compile(
+    rf"(?<![\w.])((?:{_OCTET}\.){{3}}{_OCTET})(?:\.[\w-]{{1,20}})? > ((?:{_OCTET}\.){{3}}{_OCTET})(?:\.[\w-]{{1,20}})?:(?!\w)",
+    re.ASCII,
+)
+_LONGEST_DUMPED = 90
 # The first colon of what may be one, and what it may be.
 _FIRST_COLON = re.compile(r":(?<=[23fF][0-9A-Fa-f]{3}:)[0-9A-Fa-f:]")
-_IPV6 = re.compile(r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?![\w:]|\.\d)", re.ASCII)
+_IPV6 = re.compile(
+    r"[23fF][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{2,37}(?:\d{1,3}(?:\.\d{1,3}){3})?(?!\w|:[0-9A-Fa-f:]|\.\d(?!\d{0,4}\.?(?![\w.])))",
+    re.ASCII,
+)
+# That of a sentence: "from 2a00::1: no answer".
+_COLON_BEHIND = re.compile(r"(?:(?<=[^:])|(?<=::)):\Z")
 # Elsewhere hexadecimal words before "::" (Add::, Face::b) would be addresses.
 _GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")
 _LOCAL_UNICAST = ipaddress.ip_network("fc00::/6")
@@ -124,12 +136,18 @@ _VERSION = re.compile(
 )
 # Four small numbers are a version or a section more often than an address, unless something says so.
 _SMALL = re.compile(r"(?:[12]?\d\.){3}[12]?\d")
+_GOES_ON = re.compile(r"\.\d", re.ASCII)
 _PORT = re.compile(r":\d{2,5}(?![\w:])", re.ASCII)
 _IP_WORD = re.compile(r"(?:\bip|ipv4|host\w*|addr\w*|from|server|client|ping|peer|dns|gateway|//|@)[\W]{0,4}\Z", re.IGNORECASE)
 
 
 def _is_version(text, match):
-    before = (text, max(0, match.start() - 14), match.start())
+    start = match.start()
+    if _GOES_ON.match(text, match.end()):
+        dumped = _DUMPED.search(text, max(0, start - _LONGEST_DUMPED), start + _LONGEST_DUMPED)
+        is_sure = dumped and (text.endswith("IP ", 0, dumped.start()) or not all(map(_SMALL.fullmatch, dumped.groups())))
+        return not (is_sure and start in (dumped.start(1), dumped.start(2)))
+    before = (text, max(0, start - 14), start)
     is_small = _SMALL.fullmatch(match[0]) and not _PORT.match(text, match.end())
     return bool(_VERSION.search(*before) or (is_small and not _IP_WORD.search(*before)))
 
@@ -144,7 +162,7 @@ class IpAddress:
         """Yields (start, end, "ip")."""
         text = view.text
         for dots in _DOTS.finditer(text):
-            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 10)
+            match = _IPV4.search(text, max(0, dots.start() - 3), dots.end() + 14)
             if match and match.start() < dots.start() and self._is_meant(match[0]) and not _is_version(text, match):
                 yield match.start(), match.end(), "ip"
         done = 0
@@ -153,8 +171,9 @@ class IpAddress:
             if match:
                 done = match.end()
                 before = text[match.start() - 1] if match.start() else " "
-                if not (before.isalnum() or before in "_:.") and self._is_meant(match[0]):
-                    yield match.start(), match.end(), "ip"
+                stop = done - bool(_COLON_BEHIND.search(match[0]))
+                if not (before.isalnum() or before in "_:.") and self._is_meant(text[match.start() : stop]):
+                    yield match.start(), stop, "ip"
 
     @staticmethod
     def normal(value):
@@ -256,173 +275,6 @@ class Iban:
         return compact(value)
 
 
-# ---- phone numbers
-# Nothing is tried twice (possessive throughout): digits, then groups of digits with or without parentheses.
-# An extension may follow. Behind a comma that stands after digits a number begins only where four precede it: 1,415,555.
-_NUMBER = (
-    r"(?:\(?\+|(?<!\d\.)(?<!(?<!\d{4})(?<=\d),)\(?)\d{1,15}+\)?+(?:[ .\-/]{0,3}+\(?+\d{1,15}+\)?+){0,7}+"
-    r"(?!(?!x\d)\w|[-./]\d)"
-)
-_PHONE, _NEXT_PHONE = re.compile(rf"(?<!\w)(?<!\d[-/]){_NUMBER}", re.ASCII), re.compile(_NUMBER, re.ASCII)
-# Two numbers and no groups of one, if there are seven digits on both of its sides.
-_BORDER_OF_TWO = re.compile(r" ?/ ?| - ")
-# A form that no other number has, to be found among others: behind a date, an item's number, a field's comma, another one.
-_NORTH_AMERICAN = re.compile(
-    r"[(2-9](?<![\w+=-].)(?<!\d\..)(?<!(?<!\d{4})/.)(?:(?<=\()[2-9]\d\d\) ?|(?<!\()\d\d-)[2-9]\d\d-\d{4}(?!\w|[-.]\d)", re.ASCII
-)
-# What stands between two numbers of which the first is known to be one.
-_BETWEEN = re.compile(r"\s{0,2}(?:[,;/|&]|or|and|und|oder|et|ou|y|e)\s{0,2}|\s-\s", re.IGNORECASE)
-_PHONE_WORD = re.compile(
-    r"(?:(?<![^\W_])(?:tels?|(?:cell|work|home|office|mobile|user|tele)?phones?|(?<!-)(?-i:[Pp]h|PH)(?!/)|mobile?|mob|cell|fax|call|dial|whatsapp|sms|text"
-    r"|ring|t[eé]l[eé]phone|tel[eé]fono|(?:mobil)?telefon|telefoon|telefone|celular|m[oó]vil|handy|cellulare|portable|hotline|contact"
-    r"|ruf(?=n)|msisdn|тел|телефон|моб|мобильный)(?:[ _-]?(?:numbers?|num|nummer|no|nr))?(?![^\W_])"
-    r"|☎|📞|电话|手机|電話)[\W_]{0,4}(?:\w{1,8}\W{1,3}){0,3}\Z",
-    re.IGNORECASE,
-)
-# A date, or a number with decimals.
-_DATE = re.compile(
-    r"(?:19|20)\d\d[-./ ][01]?\d[-./ ][0-3]?\d(?:\D.*)?|[0-3]?\d[-./ ][0-3]?\d[-./ ](?:19|20)\d\d(?:\D.*)?"
-    r"|(?:19|20)\d\d\W{1,3}(?:19|20)\d\d|\d\.\d+"
-)
-_NEIGHBOUR = re.compile(r"\d\W\Z")
-# Forms that say by themselves which country's number they hold.
-_NATIONAL_FORMS = re.compile(
-    r"(?P<US>(?:1[ .-])?(?:\([2-9]\d\d\)[ .-]?[2-9]\d\d[ .-]\d{4}|[2-9]\d\d(?P<u>[ .-])[2-9]\d\d(?P=u)\d{4}))"
-    r"|(?P<FR>0[1-9](?P<f>[ .-])\d\d(?P=f)\d\d(?P=f)\d\d(?P=f)\d\d)|(?P<RU>8[ -]?\(\d{3}\)[ -]?\d{3}[ -]\d\d[ -]\d\d)"
-    r"|(?P<KR>01[016-9]-\d{3,4}-\d{4})|(?P<JP>0[5789]0-\d{4}-\d{4})|(?P<CN>1[3-9]\d(?P<c>[ -])\d{4}(?P=c)\d{4})"
-)
-
-
-class Phone:
-    """Finds phone numbers that `phonenumbers` (Google's libphonenumber) holds valid.
-
-    A number with its country's code, or in North American form, is taken anywhere; with a trunk 0 and separators if it is
-    valid in one of `regions`; any other number only behind a word like "phone".
-    """
-
-    def __init__(self, regions):
-        try:
-            import phonenumbers
-        except ImportError:
-            raise ConfigError("phone numbers need phonenumbers: pip install 'llmos-jax[privacy]'") from None
-        self._library = phonenumbers
-        self.regions = regions
-        unknown = [region for region in regions if region not in phonenumbers.SUPPORTED_REGIONS]
-        if unknown:
-            raise ConfigError(f"phone_regions: {unknown[0]!r} is no region of phonenumbers; give ISO 3166 codes, as US or DE.")
-
-    def find(self, view):
-        """Yields (start, end, "phone")."""
-        text, done, last = view.text, 0, 0
-        for start, end in view.runs:
-            place = max(done, start - 5)
-            for match in _numbers(text, place, end):
-                digits = _digits(match[0])
-                is_next = last and _BETWEEN.fullmatch(text, last, match.start())
-                if 7 <= digits <= 17 and self._is_phone(text, match, digits, bool(is_next)):
-                    last = match.end()
-                    yield match.start(), last, "phone"
-                done = match.end()
-            for match in _NORTH_AMERICAN.finditer(text, max(last, start - 1), end + 2):
-                if self._is_valid(match[0], "US"):
-                    last = match.end()
-                    yield match.start(), last, "phone"
-
-    def normal(self, value):
-        """Returns a number as +41446681800: in the region of its form, else in the first of `regions` where it is written so.
-
-        Of a number that several countries write alike, the first country's is taken.
-        """
-        number = _without_trunk(plain(value))
-        regions = [None] if number[:1] == "+" else [_region_of(number)]
-        if regions == [None] and number[:1] != "+":
-            regions = sorted(self.regions, key=lambda region: not self._is_written_so(number, region))
-        for region in regions:
-            if self._is_valid(number, region):
-                return self._library.format_number(self._library.parse(number, region), self._library.PhoneNumberFormat.E164)
-        return compact(value)
-
-    def _is_phone(self, text, match, digits, is_next):
-        number = _without_trunk(match[0])
-        if number[0] == "+":
-            return self._is_valid(number, None)
-        if _DATE.fullmatch(number):
-            return False
-        is_named = is_next or _PHONE_WORD.search(text, max(0, match.start() - 40), match.start())
-        if not is_named and text[max(0, match.start() - 1) : match.start()] in ("=", "."):
-            return False
-        region = _region_of(number)
-        if region:
-            return self._is_valid(number, region)
-        if is_named:
-            return any(self._is_valid(number, region) for region in self.regions)
-        is_alone = (
-            not _NEIGHBOUR.search(text, max(0, match.start() - 2), match.start())
-            and not text[match.end() + 1 : match.end() + 2].isdigit()
-        )
-        return (
-            number[0] in "0("
-            and digits >= 9
-            and is_alone
-            and any(self._is_written_so(number, region) for region in self.regions)
-        )
-
-    def _is_written_so(self, number, region):
-        """Whether the groups of a number are those of its country's own way of writing it."""
-        if number.isdigit() or re.search(r"[-.]", number):
-            return False
-        library = self._library
-        try:
-            parsed = library.parse(number, region)
-        except library.NumberParseException:
-            return False
-        if not library.is_valid_number(parsed):
-            return False
-        own = library.format_number(parsed, library.PhoneNumberFormat.NATIONAL)
-        return re.findall(r"\d+", own) == re.findall(r"\d+", number)
-
-    def _is_valid(self, number, region):
-        library = self._library
-        try:
-            return library.is_valid_number(library.parse(number, region))
-        except library.NumberParseException:
-            return False
-
-
-def _numbers(text, place, end):
-    """Yields matches of what may be phone numbers and begins before `end`, where a run of digits does: of two, each."""
-    match = _PHONE.search(text, place, end + 2)
-    while match and match.start() < end:
-        start = match.start()
-        for border in _BORDER_OF_TWO.finditer(text, start, match.end() + 3):
-            if _digits(text[start : border.start()]) >= 7 <= _digits(text[border.end() : min(end, border.end() + 25)]):
-                yield _NEXT_PHONE.match(text, start, border.start()) or match
-                place = border.end()
-                match = _NEXT_PHONE.match(text, place, end + 2) or _PHONE.search(text, place, end + 2)
-                break
-        else:
-            yield match
-            match = _PHONE.search(text, match.end(), end + 2)
-
-
-def _digits(value):
-    return sum(map(str.isdigit, value))
-
-
-def _without_trunk(number):
-    """Returns a number with + for 00, and without the trunk 0 that some write behind the country, as +44 (0)20."""
-    number = number.replace("(+", "+", 1) if number.startswith("(+") else number
-    if number.startswith(("+", "00")):
-        number = number.replace("(0)", "", 1)
-        return f"+{number[2:]}" if number.startswith("00") else number
-    return number.replace("(0)", "0", 1)
-
-
-def _region_of(number):
-    form = _NATIONAL_FORMS.fullmatch(number)
-    return form and next(name for name, value in form.groupdict().items() if value and name.isupper())
-
-
 # ---- street addresses
 _NAME = r"(?:[A-Z][\w'’.-]{0,24}|of|de|la|del|the|\d{1,3}(?:st|nd|rd|th|ST|ND|RD|TH)) "
 _STREETS = (
@@ -455,7 +307,7 @@ _ROMANCE = re.compile(
 
 
 # A year, a table, a page before "3rd Place".
-_RANK = re.compile(r"\d{1,4} \d{1,3}(?:st|nd|rd|th) (?:Place|Row|Circle|Court|Square|Close)", re.IGNORECASE)
+_RANK = re.compile(r"\d{1,4} \d{1,3}(?:st|nd|rd|th) (?:Place|Row|Circle|Court|Square|Close)\.?", re.IGNORECASE)
 _BEFORE_RANK = re.compile(r"(?<!\w)(?:in|table|chapter|page|figure|section|on|season|round|volume) \Z", re.IGNORECASE)
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from llmos_jax.data.clean.words import mixed
+from llmos_jax.data.clean.characters import mixed
 
 _FACTOR = np.uint64(0xD1342543DE82EF95)
 # Words that are sorted at once: what is sorted stays in the processor's cache.
@@ -46,8 +46,10 @@ def ngram_hashes(hashes, n):
     return mixed(total)
 
 
-def repetition(words, top_sizes, duplicate_sizes):
+def repetition(words, hashes, top_sizes, duplicate_sizes):
     """Returns ({n: int64 [documents]}, the same): characters in the most frequent n-gram, and in n-grams seen before.
+
+    words: Words. hashes: uint64 [W], of each.
 
     Blanks between words count in the former. Of n-grams equally frequent the earliest is taken; of those that were seen before,
     none is counted that overlaps one that is counted already.
@@ -62,7 +64,7 @@ def repetition(words, top_sizes, duplicate_sizes):
         first = words.first[start : stop + 1] - words.first[start]
         part = slice(words.first[start], words.first[stop])
         ends = np.concatenate([[0], np.cumsum(words.lengths[part], dtype=np.int64)])
-        for n, places, documents, groups in _repeating(words.hashes[part], first, sizes):
+        for n, places, documents, groups in _repeating(hashes[part], first, sizes):
             if n in top:
                 top[n][start:stop] = _top(places, documents, groups, first, ends, n)
             if n in duplicate:

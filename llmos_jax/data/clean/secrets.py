@@ -72,6 +72,8 @@ _NAMES += ("passcode", "pass", "token", "key")
 # A view's small letters are ASCII, with a ? for each other letter; names without any are looked for in the text.
 _ACCENTED_NAMES = ("contrase?a", "l?senord", "has?o")
 _OTHER_NAMES = ("пароль", "Пароль", "ПАРОЛЬ", "密码")
+# What was put in a credential's place is no name of what follows, as of a port.
+_OWN_LABEL = re.compile(r"(?<!\w)\[SECRET(?:-[b-t]{12}\]|\](?! ?=|: ))")
 # A key needs a word before it that says whose.
 _KEY_OF = re.compile(r"(?:api|access|private|auth|secret|encryption|master|account|client|signing|deploy|service|aes)[ _-]?\Z")
 # The rest of a name: what may go on in the same word, and what says that the value is something about the credential.
@@ -259,6 +261,8 @@ def _assigned(text, lowered, names, name):
 def _value_behind(text, lowered, name, place):
     """Returns (start, end) of the credential behind a name, or None."""
     if name == "key" and not _KEY_OF.search(lowered, max(0, place - 12), place):
+        return None
+    if name == "secret" and _OWN_LABEL.match(text, max(0, place - 1)):
         return None
     rest = _REST.match(text, place + len(name))
     if rest[1].lower() not in _GOES_ON or _IS_ABOUT.search(rest[2]):

@@ -1,13 +1,9 @@
-"""Words of a shard in arrays: borders, lengths, kinds, hashes; found once for all steps that look at words.
+"""Words of a shard in arrays: borders, lengths, kinds, hashes; views of texts.
 
 A word here is what spaCy's rules for English make of text, but for their lists of exceptions, so that thresholds that were
 published for such words mean what they meant: punctuation at the ends of what stands between blanks is words of its own,
 one for each character; so are hyphens between letters. Where a border lies is decided by the classes of three characters
 in a row (`_border_table`) and by runs of punctuation (`_peel`): no word becomes a Python object.
-
-Hashes are those of strings: polynomial over the 64-bit integers, from sums of a prefix, so that any stretch of text has its
-hash in constant time; mixed at the end. Equal hashes are taken for equal text: a pair of different ones collides with
-a probability of 2^-60 or so.
 """
 
 import dataclasses
@@ -16,7 +12,9 @@ import unicodedata
 
 import numpy as np
 
-_BATCH_CHARACTERS = 1 << 19
+from llmos_jax.data.clean.characters import BATCH_CHARACTERS, Batch, batches, characters_that, prefix_sums, stretch_hashes
+from llmos_jax.data.clean.views import View, concatenate
+
 (_SPACE, _LOWER, _UPPER, _DIGIT, _DOT, _HYPHEN, _DASH, _COMMA, _COLON, _SLASH, _EQUALS, _QUOTE, _MARK, _OTHER) = range(14)
 _LETTERS = {_LOWER, _UPPER}
 _ALNUM = {_LOWER, _UPPER, _DIGIT}
@@ -34,42 +32,49 @@ _LONG_UNITS = [
     for second in seconds
 ]
 _HAS_LETTER, _NO_SIGN = 1, 2
-_ROW_BITS = 12
-_ROW = 1 << _ROW_BITS
-_BASE = 0x9E3779B97F4A7C15
-_BASE_INVERSE = pow(_BASE, -1, 1 << 64)
 # What counts as a sign, not a word, in Gopher's rules: punctuation of the scripts in use, controls.
 _SIGNS = "!/—”:％１〈&(、━\\【#%「」，】；+^]~“《„';’{|∶´[=-`*．（–？！：$～«〉,><》)?）。…@_.\"}►»"
 
 
 @dataclasses.dataclass(frozen=True)
-class Words:
+class Words(View):
     """Words of n documents, W in all, in order.
 
-    first: [n + 1], document d has the words first[d] .. first[d + 1].
-    lengths: int32 [W], characters. hashes, folded: uint64 [W], of the word, and of its lower-case form.
-    has_letter, is_sign: bool [W], whether any character is a letter, whether all are punctuation.
+    lengths: int32 [W], characters. has_letter, is_sign: bool [W], whether any character is a letter, whether all are signs.
     """
 
-    first: np.ndarray
     lengths: np.ndarray
-    hashes: np.ndarray
-    folded: np.ndarray
     has_letter: np.ndarray
     is_sign: np.ndarray
 
-    def totals(self, values):
-        """Returns the sums over the words of each document of `values` [W], as numbers [n]."""
-        sums = np.concatenate([[0], np.cumsum(values, dtype=np.int64)])
-        return sums[self.first[1:]] - sums[self.first[:-1]]
+    @classmethod
+    def find(cls, batch):
+        """Returns the Words of a batch."""
+        return _in_pieces(_find_words, batch)
 
 
-def characters_that(test):
-    """Returns a boolean array by code point: for which characters one of numpy's tests of text holds."""
-    found = np.zeros(0x110000, bool)
-    # No letter, digit or blank is beyond the third plane's ideographs: a fifth of the work.
-    found[:0x33000] = test(np.arange(0x33000, dtype=np.uint32).view("U1"))
-    return found
+@dataclasses.dataclass(frozen=True)
+class WordHashes(View):
+    """Hashes of the same words, uint64 [W], those of `characters.hash_of`."""
+
+    values: np.ndarray
+
+    @classmethod
+    def find(cls, batch):
+        """Returns the WordHashes of a batch."""
+        return _in_pieces(_find_hashes, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class FoldedHashes(View):
+    """Hashes of the lower-case forms of the same words, uint64 [W]."""
+
+    values: np.ndarray
+
+    @classmethod
+    def find(cls, batch):
+        """Returns the FoldedHashes of a batch."""
+        return _in_pieces(_find_folded, batch)
 
 
 @functools.cache
@@ -98,12 +103,6 @@ def _character_tables():
 
 
 @functools.cache
-def _hash_table():
-    """Returns a random-looking uint64 by code point."""
-    return mixed(np.arange(1, 0x110001, dtype=np.uint64))
-
-
-@functools.cache
 def _is_folded_table():
     """Returns by code point whether its lower-case form is another one."""
     return _character_tables()[2] != np.arange(0x110000)
@@ -111,12 +110,12 @@ def _is_folded_table():
 
 @functools.cache
 def _border_table():
-    """Returns bits for three classes in a row: 1, a word starts at the middle one; 2, a word starts after it."""
+    """Returns bits for three classes in a row, four bits each: 1, a word starts at the middle one; 2, one starts after it."""
     table = np.zeros((16, 16, 16), np.uint8)
     for before, here, after in np.ndindex(14, 14, 14):
         if here != _SPACE:
             table[before, here, after] = _borders(before, here, after)
-    return table
+    return table.reshape(-1)
 
 
 def _borders(before, here, after):
@@ -132,92 +131,6 @@ def _borders(before, here, after):
     if here == _DOT and _DOT in (before, after):
         return (before != _DOT) + 2 * (after != _DOT)
     return both if here == _DOT and before == _LOWER and after == _UPPER else 0
-
-
-@functools.lru_cache(maxsize=16)
-def _powers(base, rows):
-    """Returns base ** i for i < _ROW and base ** (_ROW * i) for i < rows, modulo 2 ** 64: the product of two is any power."""
-    both = []
-    for factor, size in ((base, _ROW), (pow(base, _ROW, 1 << 64), rows)):
-        factors = np.full(size, factor, np.uint64)
-        factors[0] = 1
-        both.append(np.cumprod(factors, dtype=np.uint64))
-    return both
-
-
-def mixed(values):
-    """Returns uint64 values with all bits depending on all bits (murmur3's finaliser), a one-to-one map."""
-    values = np.array(values, np.uint64)
-    for shift, factor in ((33, 0xFF51AFD7ED558CCD), (33, 0xC4CEB9FE1A85EC53)):
-        values ^= values >> np.uint64(shift)
-        values *= np.uint64(factor)
-    return values ^ (values >> np.uint64(33))
-
-
-def prefix_sums(codes):
-    """Returns sums [N + 1] from which `stretch_hashes` takes the hash of any stretch of the code points `codes` [N]."""
-    low, high = _powers(_BASE, _rows(len(codes)))
-    sums = np.empty(len(codes) + 1, np.uint64)
-    sums[0], terms = 0, sums[1:]
-    # "clip" spares a copy; no code point is beyond the table.
-    np.take(_hash_table(), codes, out=terms, mode="clip")
-    for row, start in enumerate(range(0, len(codes), _ROW)):
-        part = terms[start : start + _ROW]
-        part *= low[: len(part)]
-        part *= high[row]
-    return np.cumsum(sums, out=sums)
-
-
-def stretch_hashes(sums, starts, stops):
-    """Returns the uint64 hashes of the stretches starts .. stops of the text that `prefix_sums` gave `sums` for."""
-    low, high = _powers(_BASE_INVERSE, _rows(len(sums)))
-    return mixed((sums[stops] - sums[starts]) * low[starts & (_ROW - 1)] * high[starts >> _ROW_BITS])
-
-
-def _folded_hashes(hashes, codes, start, stop):
-    """Returns the hashes of the lower-case forms of words: those that have capitals are hashed anew."""
-    capitals = np.flatnonzero(_is_folded_table()[codes])
-    if not len(capitals):
-        return hashes
-    words = np.searchsorted(start, capitals, side="right") - 1
-    words = words[np.diff(words, prepend=-1) > 0]
-    places, begins = _places_within(start[words], stop[words])
-    within = places - np.repeat(start[words], np.diff(np.append(begins, len(places))))
-    low, high = _powers(_BASE, _rows(len(codes)))
-    terms = _hash_table()[_character_tables()[2][codes[places]]] * low[within & (_ROW - 1)] * high[within >> _ROW_BITS]
-    folded = hashes.copy()
-    folded[words] = mixed(np.add.reduceat(terms, begins))
-    return folded
-
-
-def _places_within(start, stop):
-    """Returns (all places of the stretches start .. stop, one after the other; where each stretch begins among them)."""
-    sizes = stop - start
-    begins = np.cumsum(sizes) - sizes
-    return np.repeat(start - begins, sizes) + np.arange(sizes.sum()), begins
-
-
-def _rows(size):
-    return 1 << (size >> _ROW_BITS).bit_length()
-
-
-def code_points(texts):
-    """Returns (code points with a newline before, after and between texts, int64 [n] places where the texts start)."""
-    joined = "\n".join(["", *texts, ""])
-    # Tables are looked up by numbers of the machine's own size twice as fast.
-    codes = np.frombuffer(joined.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.intp)
-    lengths = np.fromiter(map(len, texts), np.int64, len(texts))
-    return codes, np.cumsum(lengths + 1) - lengths
-
-
-def batches(texts):
-    """Yields slices of a list of texts of about half a million characters, so that arrays stay in the processor's cache."""
-    start = size = 0
-    for stop, text in enumerate(texts, 1):
-        size += len(text)
-        if size >= _BATCH_CHARACTERS or stop == len(texts):
-            yield slice(start, stop)
-            start, size = stop, 0
 
 
 def _contractions(quotes, codes, classes):
@@ -278,9 +191,7 @@ def _join_addresses(begins, colons, codes, classes):
     while is_mark.any():
         is_mark = _IS_PEELED[classes[stops - 1]] & (stops > places + 1)
         stops -= is_mark
-    borders = np.flatnonzero(begins)
-    address = np.searchsorted(places, borders, side="right") - 1
-    begins[borders[(address >= 0) & (borders < stops[address])]] = False
+    begins[_places_within(places, stops)[0]] = False
 
 
 def _borders_of(codes, classes):
@@ -288,7 +199,8 @@ def _borders_of(codes, classes):
     begins = np.zeros(len(codes), bool)
     marks = np.flatnonzero(classes > _DIGIT)
     kinds = classes[marks]
-    borders = _border_table()[classes[marks - 1], kinds, classes[marks + 1]]
+    triples = classes.take(marks - 1).astype(np.intp) << 8 | kinds.astype(np.intp) << 4 | classes.take(marks + 1)
+    borders = _border_table().take(triples)
     begins[marks[(borders & 1) > 0]] = True
     begins[marks[(borders & 2) > 0] + 1] = True
     begins[_contractions(marks[kinds == _QUOTE], codes, classes)] = True
@@ -305,7 +217,7 @@ def _borders_of(codes, classes):
 def _flags_of_words(codes, start, stop):
     """Returns the flags of all characters of each word together, uint8."""
     table = _character_tables()[1]
-    flags = table[codes[start]]
+    flags = table.take(codes.take(start))
     # A word that starts with a letter has all flags; of the few others the rest is looked at.
     open_ones = np.flatnonzero((flags & _HAS_LETTER == 0) & (stop - start > 1))
     if len(open_ones):
@@ -314,92 +226,62 @@ def _flags_of_words(codes, start, stop):
     return flags
 
 
-def _find(texts):
-    """Returns the Words of one batch."""
-    codes, starts = code_points(texts)
-    start, stop = _borders_of(codes, _character_tables()[0][codes])
-    flags = _flags_of_words(codes, start, stop)
-    hashes = stretch_hashes(prefix_sums(codes), start, stop)
-    return Words(
-        first=np.append(np.searchsorted(start, starts), len(start)),
-        lengths=(stop - start).astype(np.int32),
-        hashes=hashes,
-        folded=_folded_hashes(hashes, codes, start, stop),
-        has_letter=(flags & _HAS_LETTER) > 0,
-        is_sign=flags & _NO_SIGN == 0,
-    )
+def _word_borders(batch):
+    """Returns (where the words of a batch start, where they stop, `first` of their views)."""
+    start, stop = _borders_of(batch.codes, _character_tables()[0].take(batch.codes))
+    return start, stop, np.append(np.searchsorted(start, batch.starts), len(start))
 
 
-class OfTexts:
-    """Arrays found in lists of texts, kept for the texts asked for last: many steps look at the same ones, or at some of them.
-
-    find(texts): a dataclass of arrays with borders `first` [n + 1] for a batch of n texts.
-    """
-
-    def __init__(self, find):
-        self._find = find
-        self._places, self._held = {}, None
-
-    def __call__(self, texts):
-        """Returns the arrays for a list of texts."""
-        if self._held is None or not all(text in self._places for text in texts):
-            distinct = list(dict.fromkeys(texts))
-            self._places = {text: place for place, text in enumerate(distinct)}
-            self._held = concatenate([self._find(distinct[part]) for part in batches(distinct)] or [self._find([])])
-        places = np.fromiter(map(self._places.get, texts), np.int64, len(texts))
-        is_all = len(places) == len(self._places) and bool((places == np.arange(len(places))).all())
-        return self._held if is_all else _select(self._held, places)
+def _find_words(batch):
+    start, stop, first = batch.once(_word_borders)
+    flags = _flags_of_words(batch.codes, start, stop)
+    lengths = (stop - start).astype(np.int32)
+    return Words(first=first, lengths=lengths, has_letter=(flags & _HAS_LETTER) > 0, is_sign=flags & _NO_SIGN == 0)
 
 
-def _columns(arrays):
-    return {field.name: getattr(arrays, field.name) for field in dataclasses.fields(arrays) if field.name != "first"}
+def _find_hashes(batch):
+    start, stop, first = batch.once(_word_borders)
+    return WordHashes(first=first, values=batch.hashes(start, stop))
 
 
-def concatenate(parts):
-    """Returns one dataclass of arrays with borders `first` from those of consecutive batches of documents."""
-    shifts = np.cumsum([0, *(part.first[-1] for part in parts)])
-    first = [part.first[:-1] + shift for part, shift in zip(parts, shifts, strict=False)]
-    columns = [_columns(part) for part in parts]
-    joined = {name: np.concatenate([column[name] for column in columns]) for name in columns[0]}
-    return type(parts[0])(first=np.concatenate([*first, shifts[-1:]]), **joined)
+def _find_folded(batch):
+    start, stop, first = batch.once(_word_borders)
+    hashes = batch.hashes(start, stop)
+    # Words that have capitals are hashed anew.
+    capitals = np.flatnonzero(_is_folded_table().take(batch.codes))
+    if len(capitals):
+        words = np.searchsorted(start, capitals, side="right") - 1
+        words = words[np.diff(words, prepend=-1) > 0]
+        places, begins = _places_within(start[words], stop[words])
+        sums = prefix_sums(_character_tables()[2][batch.codes[places]])
+        hashes[words] = stretch_hashes(sums, begins, np.append(begins[1:], len(places)))
+    return FoldedHashes(first=first, values=hashes)
 
 
-def _select(arrays, documents):
-    """Returns what `arrays` hold for the numbers `documents`, in their order."""
-    counts = np.diff(arrays.first)[documents]
-    first = np.concatenate([[0], np.cumsum(counts)])
-    places = np.repeat(arrays.first[documents] - first[:-1], counts) + np.arange(first[-1])
-    return type(arrays)(first=first, **{name: values[places] for name, values in _columns(arrays).items()})
+def _places_within(start, stop):
+    """Returns (all places of the stretches start .. stop, one after the other; where each stretch begins among them)."""
+    sizes = stop - start
+    begins = np.cumsum(sizes) - sizes
+    return np.repeat(start - begins, sizes) + np.arange(sizes.sum()), begins
 
 
-@functools.cache
-def hash_of(word):
-    """Returns the hash that `Words.hashes` holds for a word, an unsigned whole number."""
-    codes, starts = code_points([word])
-    return stretch_hashes(prefix_sums(codes), starts, starts + len(word))[0]
-
-
-def _find_all(texts):
-    """Returns the Words of texts of any length: long ones are looked at in pieces, so that memory is bounded."""
-    if all(len(text) <= 2 * _BATCH_CHARACTERS for text in texts):
-        return _find(texts)
-    cut = [list(_pieces(text)) for text in texts]
+def _in_pieces(find, batch):
+    """Returns find(batch), for texts of any length: long ones are looked at in pieces, so that memory is bounded."""
+    if all(len(text) <= 2 * BATCH_CHARACTERS for text in batch.texts):
+        return find(batch)
+    cut = [list(_pieces(text)) for text in batch.texts]
     pieces = [piece for parts in cut for piece in parts]
-    found = concatenate([_find(pieces[part]) for part in batches(pieces)])
+    found = concatenate([find(Batch(pieces[part])) for part in batches(pieces)])
     return dataclasses.replace(found, first=found.first[np.cumsum([0, *map(len, cut)])])
 
 
 def _pieces(text):
     """Yields a text in pieces that end at a newline or blank; a word longer than a piece is cut, too."""
     start = 0
-    while len(text) - start > _BATCH_CHARACTERS:
-        stop = start + _BATCH_CHARACTERS
+    while len(text) - start > BATCH_CHARACTERS:
+        stop = start + BATCH_CHARACTERS
         blank = max(text.rfind(mark, start, stop) for mark in " \n")
         stop = blank + 1 if blank > start else stop
         yield text[start:stop]
         start = stop
     yield text[start:]
-
-
-# Returns the Words of a list of texts.
-words_of = OfTexts(_find_all)

@@ -414,6 +414,9 @@ LOOKALIKES = {
     "disk": lambda rng: rng.choice(["100 GB HARD DRIVE", "3 MAIN ROADS", "5 Things", "12 4th graders", "7 1st Avenues"]),
     "version": lambda rng: f"version {rng.randrange(9)}.{rng.randrange(20)}.{rng.randrange(20)}.{rng.randrange(99)}",
     "oid": lambda rng: "1.3.6.1.4.1." + str(rng.randrange(9999)),
+    "five numbers": lambda rng: (
+        f"{rng.choice(['release', '>', 'if v >', 'OID'])} {'.'.join(str(rng.randrange(1, 99)) for _ in range(5))}"
+    ),
     "bad octet": lambda rng: f"{rng.randrange(256, 999)}.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)}",
     "private ip": lambda rng: rng.choice(
         [f"10.0.{rng.randrange(256)}.1", f"192.168.1.{rng.randrange(256)}", "127.0.0.1", "0.0.0.0", "::1"]
@@ -462,6 +465,10 @@ LOOKALIKES = {
 
 _BEFORE = ["We met on Monday. ", "The record says: ", "", "As agreed, ", "// see ", "In the annex,\n", "– "]
 _AFTER = [" and nothing else.", ".", "\n", ", which was noted.", " ", ";", ""]
+# Numbers beside the datum: of items, rooms, years; opening hours, postcodes.
+_BEFORE += ["1) ", "2) see ", "12\n", "12\t", "Room 5, ", "2014: ", "(24h) "]
+_AFTER += [" 24 hours", " - 24 hours", " (24h)", " (9 am - 5 pm)", " / 3", " 75008 Paris", " - 75008 Paris", " 24/7"]
+_AFTER += ["\n12 more", ": 12", ": refused"]
 
 
 def personal(seed, count):

@@ -9,7 +9,8 @@ from llmos_jax.data.clean.dedup import ExactDuplicates, MinhashDuplicates, compo
 from llmos_jax.data.clean.documents import Documents
 from llmos_jax.data.clean.paragraphs import RepeatedParagraphs, split
 from llmos_jax.data.clean.steps import apply_step, sort_records
-from llmos_jax.data.clean.words import words_of
+from llmos_jax.data.clean.views import view_of
+from llmos_jax.data.clean.words import Words
 
 
 def decide(step, shards):
@@ -125,7 +126,7 @@ def test_shingles_are_the_ngrams_of_words():
     hashes, offsets, chosen = MinhashDuplicates().shingles(["a b c d e fig.", "", "a b", "B, C d e fig"])
     assert chosen.tolist() == [0, 2, 3] and offsets.tolist() == [0, 2, 3, 4]
     assert hashes[1] == hashes[3] and len(set(hashes.tolist())) == 3
-    assert len(words_of(["a b"]).hashes) == 2
+    assert len(view_of(["a b"], Words)[0].lengths) == 2
 
 
 PARAGRAPH = "All rights are reserved by the people who wrote this, whoever they may be."
