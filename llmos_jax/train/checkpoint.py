@@ -31,8 +31,6 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
-# Devices with the same values write a share each only where a share is worth it: each is cut out by a program of its own.
-_REPLICA_SLICE_BYTES = 2**20
 # A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
 _MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
@@ -177,7 +175,7 @@ class Checkpointer:
         """
         distributed.from_first("restore/clean", lambda: _remove_leftovers(self.directory))
         steps, has_quarantined = distributed.from_first(
-            "restore/steps", lambda: [self.steps(), _has_quarantined(self.directory)]
+            "restore/steps", lambda: [self.steps(), any(self.directory.glob("quarantine-*"))]
         )
         for step in reversed(steps):
             try:
@@ -248,7 +246,8 @@ class Checkpointer:
         if self._engine is None:
             import orbax.checkpoint as ocp
 
-            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_REPLICA_SLICE_BYTES)
+            # Devices with the same values write a share each where it is large: a program of its own cuts out each share.
+            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
             types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
             handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
             handlers.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
@@ -413,10 +412,6 @@ def _steps(directory):
         return []
     names = [entry for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir()]
     return sorted(int(entry.name) for entry in names if any(entry.iterdir()))
-
-
-def _has_quarantined(directory):
-    return any(directory.glob("quarantine-*"))
 
 
 def _agreed(name, failure):
