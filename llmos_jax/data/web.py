@@ -15,8 +15,9 @@ _LONGEST_LINE = 1 << 16
 _HEADERS = 1 << 18
 # Types of records that hold no page of their own.
 _OTHER_TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
-# Tags inside one another: the time that extraction takes is squared in them. Lists whose tags are never closed get so deep.
-_DEEPEST = 2048
+# To tell a page's content from its menus takes a step for each element and each one that it stands in. Pages that people
+# read are at most 32 deep and may have any size; deeper ones as many steps as these.
+_DEEP, _MOST_STEPS = 64, 4_000_000
 _GZIP = 31  # zlib's window bits for what has the header of gzip
 _BLANK = (b"", b"\r\n", b"\n")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
@@ -27,7 +28,8 @@ _HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
 def html_text(data, source, where, label=None):
     """Returns (text, metadata) of the bytes of a page. label: the encoding that its server names.
 
-    DataError names a page that is not of its encoding, and one whose tags are nested too deep.
+    Of a page whose tags are nested too deep for its size, menus and all are read, and the metadata say `main_content` False.
+    DataError names a page that is not of its encoding.
     """
     try:
         from resiliparse.extract.html2text import extract_plain_text
@@ -37,10 +39,20 @@ def html_text(data, source, where, label=None):
 
     page, metadata = decode(data, True, where, charset_of(data, label, where))
     tree = HTMLTree.parse(page)
-    # A page of few tags can't be deep.
-    if page.count("<") - page.count("</") > _DEEPEST and tree.document.query_selector(" > ".join("*" * (_DEEPEST + 1))):
-        raise DataError(f"{where} is nested more than {_DEEPEST} tags deep.")
-    return extract_plain_text(tree, main_content=source.main_content, preserve_formatting=True), metadata
+    is_whole = source.main_content and _is_too_deep(page, tree.document)
+    text = extract_plain_text(tree, main_content=source.main_content and not is_whole, preserve_formatting=True)
+    return text, metadata | ({"main_content": False} if is_whole else {})
+
+
+def _is_too_deep(page, document):
+    """Whether finding the main content of a page would take more than linear time; this takes linear time."""
+    tags = page.count("<") - page.count("</")
+    if tags <= _DEEP:  # of few tags none can be deep
+        return False
+    # Those that are never closed make several elements of one tag.
+    elements = max(page.count("<"), len(document.query_selector_all("*")))
+    deepest = max(_DEEP, _MOST_STEPS // elements)
+    return tags > deepest and document.query_selector(" > ".join("*" * (deepest + 1))) is not None
 
 
 def read_warc(file, source, limit):

@@ -9,6 +9,7 @@ import zlib
 import pytest
 import zstandard
 from fastwarc.stream_io import BrotliWriter
+from resiliparse.extract.html2text import extract_plain_text
 
 from tests.data.test_readers import read
 
@@ -194,20 +195,39 @@ def test_long_pages_are_named_packed_or_not(tmp_path):
     ]
 
 
-def test_pages_nested_very_deep_are_named(tmp_path):
-    """The time of extraction is squared in the depth: 30,000 took most of a minute."""
-    deep = b"<html><body>" + b"<div>" * 100_000 + b"end"
-    (tmp_path / "a.html").write_bytes(deep)
-    documents, bad = read(tmp_path / "a.html")
-    assert not documents and bad == [f"{tmp_path}/a.html is nested more than 2048 tags deep."]
-    documents, bad = read_one(tmp_path, record(OK, deep) + RECORDS[0])
-    assert [key for key, _, _ in documents] == ["a.warc:2"] and bad == [
-        f"{tmp_path}/a.warc, record 1 is nested more than 2048 tags deep."
-    ]
-    for depth, is_read in ((2046, True), (2047, False)):  # with html and body
-        (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<div>" * depth + b"words of it")
-        documents, bad = read(tmp_path / "a.html")
-        assert [text for _, text, _ in documents] == ["words of it"] * is_read and len(bad) == (not is_read)
+def nested(depth, tags):
+    """A page with a menu."""
+    return f"<html><body><nav>the menu</nav>{'<div>' * depth}words<br>{'<br>' * tags}{'</div>' * depth}</body></html>".encode()
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    ("depth", "tags", "is_whole"),
+    [(5, 40_000, False), (60, 40_000, False), (1000, 60, False), (300, 5_000, False), (300, 20_000, True), (1900, 80_000, True),
+     (100_000, 10, True)],
+)  # fmt: skip
+def test_pages_nested_too_deep_for_their_size_are_read_with_their_menus(depth, tags, is_whole, tmp_path):
+    """Without a bound the page of 1,900 levels took more than a minute."""
+    (tmp_path / "a.html").write_bytes(nested(depth, tags))
+    ((_, text, metadata),), bad = read(tmp_path / "a.html")
+    main = extract_plain_text(nested(depth, tags).decode(), main_content=not is_whole, preserve_formatting=True)
+    assert not bad and text == main and metadata == ({"main_content": False} if is_whole else {})
+    ((_, text, metadata),), bad = read(tmp_path / "a.html", main_content=False)
+    assert not bad and "the menu" in text and not metadata
+    documents, bad = read_one(tmp_path, record(OK, nested(depth, tags)))
+    assert not bad and ("main_content" in documents[0][2]) == is_whole
+
+
+@pytest.mark.timeout(60)
+def test_tags_that_make_many_elements_count_as_many(tmp_path):
+    """Tags that are never closed are repeated in every paragraph: 1,400 tags make half a million elements."""
+    many = "".join(f"<b id=a{number}>" for number in range(700))
+    (tmp_path / "a.html").write_text(f"<html><body><nav>the menu</nav><p>{many}words</p>{'<p>x' * 700}")
+    ((_, text, metadata),), bad = read(tmp_path / "a.html")
+    assert not bad and "words" in text and "the menu" in text and metadata == {"main_content": False}
+
+
+def test_paragraphs_that_are_never_closed_are_read(tmp_path):
     (tmp_path / "a.html").write_bytes(b"<html><body>" + b"<p>paragraph<br>of lines" * 5000)  # no end tag in all of it
     documents, bad = read(tmp_path / "a.html")
     assert not bad and documents[0][1].count("paragraph") == 5000

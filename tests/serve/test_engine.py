@@ -142,13 +142,19 @@ def test_no_program_copies_the_cache(made):
     """Keys and values of all requests are updated in place: XLA copies what it might write before it has read it."""
     engine, _ = made
     engine.warm_up()
-    shape = ",".join(map(str, engine._pools[0][0].shape))
+    groups, pages, page_size, size = engine._pools[0][0].shape
+    shape = f"{groups},{pages},{page_size},{size}"
     kinds = collections.Counter()
     for (kind, *_), program in engine.programs._compiled.items():
         text = program.as_text()
         assert f"[{shape}]" in text and not re.search(rf"f32\[{shape}\]\S* copy\(", text), kind
+        if kind == "decode":
+            past = [
+                rf"{groups},\d+,{lengths}" for lengths in (f"{size},{engine.config.context}", f"{engine.config.context},{size}")
+            ]
+            assert all(re.search(rf"\[{one}\]", text) and not re.search(rf"f32\[{one}\]\S* copy\(", text) for one in past)
         kinds[kind] += 1
-    assert kinds.keys() == {"prefill", "decode", "verify"}
+    assert kinds.keys() == {"prefill", "gather", "decode", "verify"}
 
 
 def test_sizes_of_programs():
@@ -234,7 +240,18 @@ def test_programs_are_warm_after_warm_up(made, expected):
     loop = [11, 12, 13, 14] * 8
     engine.generate([loop], dataclasses.replace(GREEDY, logit_bias={str(token): 1000.0 for token in loop[:1]}))
     assert engine.counts["accepted_tokens"] > accepted  # the biased row repeats itself, and its history says so
-    assert engine.programs.count == count == 3 * 2 + 2  # decode and verify 1, 2 and 3 rows; two lengths of prefill
+    assert engine.programs.count == count == 3 * 3 + 2  # gather, decode and verify 1, 2 and 3 rows; two lengths of prefill
+
+
+def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
+    engine, _ = made
+    before = engine.counts.copy()
+    engine.generate([list(range(8, 28))], dataclasses.replace(GREEDY, max_tokens=40, logit_bias={str(END): -100.0}))
+    counts = engine.counts - before
+    # Only a pass over drafts computes tokens that the past does not get.
+    assert counts["decode"] > 1 + counts["verify"] >= counts["gather"] > 0
+    engine.step()
+    assert engine._past is None  # what is nobody's takes no memory
 
 
 def test_what_pages_held_before_never_matters(made, expected):
