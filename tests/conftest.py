@@ -28,10 +28,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 # The files that take longest, the longest first.
-_LONGEST = (
-    "test_recovery test_run test_processes test_main test_pipeline test_step test_engine test_distributed test_privacy "
-    "test_families test_expert_parallel test_launchers test_replicas"
-).split()
+_LONGEST = [
+    "test_recovery",
+    "test_run",
+    "test_processes",
+    "test_main",
+    "test_pipeline",
+    "test_step",
+    "test_engine",
+    "test_distributed",
+    "test_privacy",
+    "test_families",
+    "test_expert_parallel",
+    "test_launchers",
+    "test_replicas",
+]
 
 
 def pytest_addoption(parser):
