@@ -332,7 +332,7 @@ def test_a_tpu_reads_pages_where_they_lie(monkeypatch):
     weights = laid(handle.abstract, handle.shardings), laid(blocks, shardings)
     pool = jax.ShapeDtypeStruct((4, 2001, 16, 128), jnp.bfloat16, sharding=cache.pool_sharding(made.stages))
     layout = programs.layout_of(programs.row_arrays([], 8, 1, 256, 4096))
-    text = made._compile("decode", weights, [(pool, pool)] * 2, layout, {"steps": 8}).as_text()
+    text = made._compile("decode", weights, ([(pool, pool)] * 2, None), layout, {"steps": 8}).as_text()
     assert text.count("tpu_custom_call") == 2
     assert "bf16[1,2001,16,128]" in text and not re.search(r"bf16\[1,2001,16,128\]\S* copy\(", text)
     gathered = set(re.findall(r"= (\w+\[[\d,]*\])\S* all-gather\(", text))
