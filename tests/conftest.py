@@ -27,8 +27,22 @@ jax.config.update("jax_compilation_cache_dir", os.path.join(_CACHE, "compile"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-# Files whose tests start processes and wait for them, the longest first.
-_GANGS = ("test_recovery", "test_processes", "test_replicas", "test_distributed", "test_launchers")
+# The files that take longest, the longest first.
+_LONGEST = [
+    "test_recovery",
+    "test_run",
+    "test_processes",
+    "test_main",
+    "test_pipeline",
+    "test_step",
+    "test_engine",
+    "test_distributed",
+    "test_privacy",
+    "test_families",
+    "test_expert_parallel",
+    "test_launchers",
+    "test_replicas",
+]
 
 
 def pytest_addoption(parser):
@@ -36,8 +50,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Puts those who wait first, so that the end is short work: a file's tests, which share fixtures, stay on one worker."""
-    ranks = {name: rank for rank, name in enumerate(_GANGS)}
+    """Puts long files first, so that the end is short work: a file's tests, which share fixtures, stay on one worker."""
+    ranks = {name: rank for rank, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 

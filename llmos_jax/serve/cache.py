@@ -1,9 +1,10 @@
 """Keys and values in pages, on the devices: made, gathered for a program's rows, written back. Donated and updated in place.
 
-A program reads what its rows have (the past) once, gathered from pages, keeps the tokens that it adds (the recent ones) beside
-it, and writes only these back: whatever a decoding loop does in between touches neither pool nor past. Both parts are attended
-to at once (`models.attention.attend_cached`). Where the platform has a kernel that reads pages where they lie, a decoding loop
-gathers nothing: it writes each token into its page and reads that (`models.attention_paged`).
+A program reads what its rows have (the past) gathered from pages, keeps the tokens that it adds (the recent ones) beside it
+and writes only these back: whatever a decoding loop does in between touches neither pool nor past. Both parts are attended to
+at once (`models.attention.attend_cached`). At its end the loop adds them to the past, too: the next one goes on from it. Where
+the platform has a kernel that reads pages where they lie, nothing is gathered: each token is written into its page
+(`models.attention_paged`).
 """
 
 import jax
@@ -69,6 +70,22 @@ def write_tokens(pools, recent, table_BP, past_B, count_B):
     page_BN = jnp.take_along_axis(table_BP, jnp.minimum(index_BN, pages - 1), 1)
     page_BN = jnp.where((step_N < count_B[:, None]) & (index_BN < pages), page_BN, 0)
     return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(_finite(new)), pools, recent)
+
+
+def extend(past, recent, past_B, count_B):
+    """Returns the past of `gather` with the first count_B recent tokens of each row behind its first past_B tokens."""
+    rows_B1 = jnp.arange(past_B.shape[0])[:, None]
+    step_N = jnp.arange(recent[0][0].shape[2])
+    # What is nobody's has no place.
+    slot_BN = jnp.where(step_N < count_B[:, None], past_B[:, None] + step_N, past[0][1].shape[2])
+
+    def write(past, recent):
+        (key_GBKM, value_GBMK), (new_key_GBNK, new_value_GBNK) = past, map(_finite, recent)
+        # Dimensions that are indexed together stay where they are if they are neighbours, and come first if not.
+        key_GBKM = key_GBKM.at[:, rows_B1, :, slot_BN].set(new_key_GBNK.transpose(1, 2, 0, 3), mode="drop")
+        return key_GBKM, value_GBMK.at[:, rows_B1, slot_BN].set(new_value_GBNK, mode="drop")
+
+    return [write(*of_layer) for of_layer in zip(past, recent, strict=True)]
 
 
 def write_pages(pools, recent, pages_BP):

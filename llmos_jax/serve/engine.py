@@ -21,6 +21,7 @@ from llmos_jax.serve.pages import PagePool
 from llmos_jax.serve.programs import Programs, row_arrays
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.serve.schedule import Request, Scheduler
+from llmos_jax.serve.seats import Seats
 
 # The fewest tokens of a row that have a program of their own.
 _LEAST_CONTEXT, _LEAST_CHUNK = 256, 32
@@ -42,7 +43,7 @@ class EngineConfig:
     decode_steps: int = setting(8, help="tokens of each row drawn in one dispatch", at_least=1)
     decode_attention: str = setting(
         "auto",
-        help="gathered: pages are copied together once a dispatch; paged: a kernel reads them where they lie (GPU, TPU)",
+        help="gathered: pages are copied together when rows change; paged: a kernel reads them where they lie (GPU, TPU)",
         choices=("auto", "gathered", "paged"),
     )
     draft_tokens: int = setting(6, help="tokens proposed from a row's own history and checked in one pass; 0: none", at_least=0)
@@ -109,7 +110,8 @@ class Engine:
         self._decode_ladder = self._page_ladder if self.programs.reads_pages else _fine_ladder(self._page_ladder[0], whole)
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
-        self._next_id, self._weights, self._pools, self._cancelled = 0, None, None, []
+        self._next_id, self._weights, self._pools, self._past, self._cancelled = 0, None, None, None, []
+        self._seats = Seats()
         self.load(params)
 
     def load(self, params):
@@ -124,6 +126,7 @@ class Engine:
     def release(self):
         """Gives the memory of weights and cache back; `load` takes it again. Compiled programs are kept."""
         self._weights = self._pools = None
+        self._forget_past()
         self.pool.forget()
 
     def submit(self, prompt, sampling, stream=0):
@@ -171,6 +174,8 @@ class Engine:
         if rows:
             drafts = self._drafts(rows)
             self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
+        else:
+            self._forget_past()
         return events
 
     def stream(self, prompts, samplings):
@@ -212,13 +217,14 @@ class Engine:
         """Compiles every program that a request can need, and returns how many there are."""
         for rows in self._row_ladder:
             for pages in self._decode_ladder:
-                self._run("decode", self._arrays([], rows, 1, pages), steps=self.settings.decode_steps)
+                self._run_decode(self._arrays([], rows, 1, pages), is_there=False)
             for pages in self._page_ladder if self.settings.draft_tokens else ():
                 self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
         for length in self._chunk_ladder:
             for pages, has_past in ((1, False), *((pages, True) for pages in self._page_ladder)):
                 for rows in {1, self._most_rows(length, pages, has_past)}:
                     self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=has_past)
+        self._forget_past()
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
 
@@ -237,10 +243,24 @@ class Engine:
         stretched = self.config.stretched_from
         return b"" if stretched is None else str(max(prompt_length, stretched)).encode()
 
-    def _run(self, kind, rows, **static):
-        drawn, self._pools = self.programs.run(kind, self._weights, self._pools, rows, **static)
+    def _run(self, kind, rows, past=None, **static):
+        drawn, (self._pools, past) = self.programs.run(kind, self._weights, (self._pools, past), rows, **static)
         self.counts[kind] += 1
-        return jax.device_get(drawn)
+        return jax.device_get(drawn), past
+
+    def _run_decode(self, arrays, is_there):
+        """Returns what a decoding program draws; is_there: what was gathered before is these rows' past."""
+        if not is_there:
+            self._forget_past()
+            if not self.programs.reads_pages:
+                self._past = self._run("gather", {name: arrays[name] for name in ("table", "past")})[1]
+        past, self._past = self._past, None  # used up, whatever happens
+        drawn, self._past = self._run("decode", arrays, past, steps=self.settings.decode_steps)
+        return drawn
+
+    def _forget_past(self):
+        self._past = None
+        self._seats.clear()
 
     def _arrays(self, requests, rows, length, pages):
         return row_arrays(requests, rows, length, pages, pages * self.pool.page_size)
@@ -287,7 +307,7 @@ class Engine:
     def _prefill(self, chunks, length, pages, has_past, events):
         rows = 1 if len(chunks) == 1 else self._most_rows(length, pages, has_past)
         arrays = self._chunk_arrays(chunks, rows, length, pages)
-        tokens, logprobs = self._run("prefill", arrays, has_past=has_past)
+        (tokens, logprobs), _ = self._run("prefill", arrays, has_past=has_past)
         for row, (request, start, stop) in enumerate(chunks):
             self.counts["prefilled_tokens"] += stop - start
             if stop < len(request.tokens):
@@ -309,12 +329,16 @@ class Engine:
     def _decode(self, requests, events):
         steps = self.settings.decode_steps
         pages = self._pages_for(max(r.computed for r in requests) + steps, self._decode_ladder)
-        rows = self._arrays(requests, self._rows_for(requests), 1, pages)
-        for row, request in enumerate(requests):
-            rows["tokens"][row, 0] = request.tokens[-1]
-        tokens, logprobs = self._run("decode", rows, steps=steps)
-        for row, request in enumerate(requests):
+        seated, is_there = self._seats.take(requests, self._rows_for(requests), pages)
+        row_of = {request.id: row for row, request in enumerate(seated) if request is not None}
+        arrays = self._arrays(seated, len(seated), 1, pages)
+        for request in requests:
+            arrays["tokens"][row_of[request.id], 0] = request.tokens[-1]
+        tokens, logprobs = self._run_decode(arrays, is_there)
+        for request in requests:
+            row = row_of[request.id]
             self._accept(request, tokens[:, row], jax.tree.map(lambda x, row=row: x[:, row], logprobs), events)
+        self._seats.keep(seated, pages)
 
     def _verify(self, requests, drafts, events):
         length = self.settings.draft_tokens + 1
@@ -323,7 +347,7 @@ class Engine:
         for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
             rows["tokens"][row, : 1 + len(draft)] = [request.tokens[-1], *draft]
             rows["count"][row] = 1 + len(draft)
-        tokens, logprobs = self._run("verify", rows)
+        (tokens, logprobs), _ = self._run("verify", rows)
         for row, (request, draft) in enumerate(zip(requests, drafts, strict=True)):
             right = 0
             while right < len(draft) and tokens[right, row] == draft[right]:

@@ -1,4 +1,4 @@
-"""The engine's compiled programs: prefill a chunk, decode several steps, verify drafts; a fixed set of shapes, counted."""
+"""The engine's compiled programs: prefill a chunk, gather a past, decode several steps, verify drafts; a fixed set, counted."""
 
 import functools
 
@@ -32,29 +32,37 @@ class Programs:
         """How many programs were compiled."""
         return len(self._compiled)
 
-    def run(self, kind, weights, pools, rows, **static):
-        """Runs "prefill", "decode" or "verify" and returns (outputs, pools); the pools given are used up."""
+    def run(self, kind, weights, held, rows, **static):
+        """Runs "prefill", "gather", "decode" or "verify" and returns (outputs, held); what was held is used up.
+
+        held: (pools, past). The past, which "gather" makes and "decode" goes on from, is None for all others, and where a
+        kernel reads pages.
+        """
         layout = layout_of(rows)
-        key = (kind, layout, pools[0][0].shape, tuple(sorted(static.items())))
+        key = (kind, layout, held[0][0][0].shape, tuple(sorted(static.items())))
         if key not in self._compiled:
-            self._compiled[key] = self._compile(kind, weights, pools, layout, static)
+            self._compiled[key] = self._compile(kind, weights, held, layout, static)
         # One array in place of twenty: each costs a transfer of its own (0.7 of 4.5 ms that a prefill took on an H200).
         packed = np.concatenate([rows[name].view(np.int32).ravel() for name, _, _ in layout])
-        return self._compiled[key](weights, pools, packed)
+        return self._compiled[key](weights, held, packed)
 
-    def _compile(self, kind, weights, pools, layout, static):
-        def run(weights, pools, packed):
-            return getattr(self, f"_{kind}")(weights, pools, _unpacked(packed, layout), **static)
+    def _compile(self, kind, weights, held, layout, static):
+        def run(weights, held, packed):
+            return getattr(self, f"_{kind}")(weights, held, _unpacked(packed, layout), **static)
 
         whole = self.placement.sharding()
         size = sum(int(np.prod(shape)) for _, shape, _ in layout)
         packed = jax.ShapeDtypeStruct((size,), np.int32, sharding=whole)
         # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
         outputs = (whole, cache.pool_sharding(self.stages))
-        return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, pools, packed).compile()
+        return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, held, packed).compile()
 
-    def _gather(self, pools, rows):
+    def _gathered(self, pools, rows):
         return self.stages.each(cache.gather, (0, None, None))(pools, rows["table"], rows["past"])
+
+    def _gather(self, weights, held, rows):
+        """Copies together the pages of each row, for decoding programs to go on from."""
+        return (), (held[0], self._gathered(held[0], rows))
 
     def _write(self, pools, recent, rows, count_B):
         write = self.stages.each(cache.write_tokens, (0, 0, None, None, None))
@@ -74,10 +82,10 @@ class Programs:
     def _logits(self, model, hidden_BLD):
         return self.placement.constrain(model.logits(hidden_BLD), None, None, None)
 
-    def _prefill(self, weights, pools, rows, has_past):
+    def _prefill(self, weights, held, rows, has_past):
         """Computes a chunk of tokens of each row, and draws what follows its last one."""
-        model, tokens_BL = self.handle.merge(weights[0]), rows["tokens"]
-        past = self._gather(pools, rows) if has_past else [None] * len(pools)
+        model, tokens_BL, pools = self.handle.merge(weights[0]), rows["tokens"], held[0]
+        past = self._gathered(pools, rows) if has_past else [None] * len(pools)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
@@ -87,13 +95,12 @@ class Programs:
         token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
         pages_BP = _once_known(token_B[:, None], rows["pages"])
         pools = self.stages.each(cache.write_pages, (0, 0, None))(pools, recent, pages_BP)
-        return jax.tree.map(lambda x: x[None], (token_B, logprobs)), pools
+        return jax.tree.map(lambda x: x[None], (token_B, logprobs)), (pools, None)
 
-    def _decode(self, weights, pools, rows, steps):
+    def _decode(self, weights, held, rows, steps):
         """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
         model, ends_E, is_anybodys_B = self.handle.merge(weights[0]), jnp.asarray(self.end_ids), rows["room"] > 0
-        sampler = self._sampler(model, rows)
-        past = None if self.reads_pages else self._gather(pools, rows)
+        sampler, (pools, past) = self._sampler(model, rows), held
 
         def advance(state):
             step, token_B, is_active_B, kept, counts, drawn = state
@@ -119,11 +126,16 @@ class Programs:
         state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, kept, sampler.counts, drawn)
         state = lax.while_loop(lambda state: (state[0] < steps) & state[2].any(), advance, state)
         step, _, _, kept, _, drawn = state
-        return drawn, kept if self.reads_pages else self._write(pools, kept, rows, jnp.where(is_anybodys_B, step, 0))
+        if self.reads_pages:
+            return drawn, (kept, None)
+        count_B = jnp.where(is_anybodys_B, step, 0)
+        extend = self.stages.each(cache.extend, (0, 0, None, None))
+        return drawn, (self._write(pools, kept, rows, count_B), extend(past, kept, rows["past"], count_B))
 
-    def _verify(self, weights, pools, rows):
+    def _verify(self, weights, held, rows):
         """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""
-        model, tokens_BL, past = self.handle.merge(weights[0]), rows["tokens"], self._gather(pools, rows)
+        model, tokens_BL, pools = self.handle.merge(weights[0]), rows["tokens"], held[0]
+        past = self._gathered(pools, rows)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
@@ -137,7 +149,7 @@ class Programs:
 
         steps_L, drafts_LB = jnp.arange(tokens_BL.shape[1]), jnp.roll(tokens_BL, -1, axis=1).T
         _, drawn = lax.scan(draw, sampler.counts, (steps_L, logits_BLV.swapaxes(0, 1), drafts_LB))
-        return drawn, self._write(pools, recent, rows, _once_known(drawn[0][-1], rows["count"]))
+        return drawn, (self._write(pools, recent, rows, _once_known(drawn[0][-1], rows["count"])), None)
 
 
 def _once_known(tokens, values):
@@ -164,19 +176,19 @@ def _unpacked(packed, layout):
 
 
 def row_arrays(requests, size, length, pages, history):
-    """Returns {name: numpy array} of `size` rows, of which the first are `requests`: what every program reads of them.
+    """Returns {name: numpy array} of `size` rows, of which the first are `requests` (None: nobody): what programs read of them.
 
     tokens [B, length] (to be filled in), table [B, pages], history [B, history], past (tokens that lie in pages), count (new
     tokens), room (tokens that may still be drawn; 0: nobody's row), prompt and length (of the history), index (of the next
     token in its continuation), and those of the sampler. All have 32 bits an element.
     """
-    rows = sampling_arrays([(r.payload.sampling, r.payload.stream) for r in requests], size)
+    rows = sampling_arrays([r and (r.payload.sampling, r.payload.stream) for r in requests], size)
     for name in ("past", "count", "room", "prompt", "length", "index"):
         rows[name] = np.zeros(size, np.int32)
     rows["count"][:] = 1
     rows["tokens"], rows["table"] = np.zeros((size, length), np.int32), np.zeros((size, pages), np.int32)
     rows["history"] = np.zeros((size, history), np.int32)
-    for row, request in enumerate(requests):
+    for row, request in ((row, request) for row, request in enumerate(requests) if request is not None):
         rows["past"][row], rows["room"][row] = request.computed, request.limit - len(request.tokens)
         rows["prompt"][row], rows["length"][row] = request.prompt_length, len(request.tokens)
         rows["index"][row] = request.generated

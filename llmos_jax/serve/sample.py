@@ -60,16 +60,16 @@ class SamplingConfig:
 
 
 def sampling_arrays(rows, size):
-    """Returns {name: numpy array} for `size` rows: what `Sampler` reads; `rows`: (SamplingConfig, stream) of each.
+    """Returns {name: numpy array} for `size` rows: what `Sampler` reads; `rows`: (SamplingConfig, stream) of each, or None.
 
-    stream: which of several continuations with the same seed (the number of a prompt, of a choice). Rows beyond are greedy.
+    stream: which of several continuations with the same seed (the number of a prompt, of a choice). Nobody's rows are greedy.
     """
     arrays = {name: np.full(size, value, np.float32) for name, value in _NEUTRAL.items()}
     arrays |= {"seed": np.zeros(size, np.uint32), "stream": np.zeros(size, np.int32), "top_k": np.zeros(size, np.int32)}
     arrays["logprobs"] = np.full(size, -1, np.int32)
     arrays["bias_token"] = np.zeros((size, MOST_BIASES), np.int32)
     arrays["bias"] = np.zeros((size, MOST_BIASES), np.float32)
-    for row, (sampling, stream) in enumerate(rows):
+    for row, (sampling, stream) in ((row, one) for row, one in enumerate(rows) if one is not None):
         for name in _NEUTRAL:
             value = getattr(sampling, name)
             arrays[name][row] = _NEUTRAL[name] if value is None else value

@@ -100,7 +100,7 @@ class Checkpointer:
         record["digest"] = _digest(record)
         import orbax.checkpoint as ocp
 
-        items = {key: ocp.args.StandardSave({key: value}) for key, value in tree.items()}
+        items = {key: ocp.args.PyTreeSave({key: value}) for key, value in tree.items()}
         failure = None
         try:
             self._open().save(
@@ -175,7 +175,7 @@ class Checkpointer:
         """
         distributed.from_first("restore/clean", lambda: _remove_leftovers(self.directory))
         steps, has_quarantined = distributed.from_first(
-            "restore/steps", lambda: [self.steps(), _has_quarantined(self.directory)]
+            "restore/steps", lambda: [self.steps(), any(self.directory.glob("quarantine-*"))]
         )
         for step in reversed(steps):
             try:
@@ -246,7 +246,13 @@ class Checkpointer:
         if self._engine is None:
             import orbax.checkpoint as ocp
 
-            self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            # Devices with the same values write a share each where it is large: a program of its own cuts out each share.
+            arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+            types = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+            handlers = ocp.handlers.DefaultCheckpointHandlerRegistry()
+            handlers.add(None, ocp.args.PyTreeSave, ocp.PyTreeCheckpointHandler(type_handler_registry=types))
+            handlers.add(None, ocp.args.JsonSave, ocp.JsonCheckpointHandler())
+            self._engine = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(handler_registry=handlers))
         return self._engine
 
     def _open_reader(self):
@@ -406,10 +412,6 @@ def _steps(directory):
         return []
     names = [entry for entry in directory.iterdir() if entry.name.isdigit() and entry.is_dir()]
     return sorted(int(entry.name) for entry in names if any(entry.iterdir()))
-
-
-def _has_quarantined(directory):
-    return any(directory.glob("quarantine-*"))
 
 
 def _agreed(name, failure):

@@ -87,6 +87,7 @@ def _all(leaves):
     return [_fingerprint(leaf) for leaf in leaves]
 
 
+@jax.jit  # traced once for all leaves of a shape: weights, their moments and their average
 def _fingerprint(x):
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

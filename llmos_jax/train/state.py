@@ -105,21 +105,24 @@ def describe_model(build, placement):
 
 def init_state(handle, optimizer, placement, seed, *, with_ema=False):
     """Returns a fresh TrainState, every array born in its place: none is ever whole on one device when it is sharded."""
-    make = _make_state(handle, optimizer, with_ema)
+
+    def make(key):
+        return _state_of(handle.init(key), optimizer, with_ema)
+
     key = jax.random.key(seed)
     return jax.jit(make, out_shardings=state_shardings(handle, optimizer, placement, with_ema=with_ema))(key)
 
 
 def abstract_state(handle, optimizer, placement, *, with_ema=False):
     """Returns the state as ShapeDtypeStructs with shardings: what a restore needs to know."""
-    shapes = jax.eval_shape(_make_state(handle, optimizer, with_ema), jax.random.key(0))
+    shapes = _state_shapes(handle, optimizer, with_ema)
     shardings = state_shardings(handle, optimizer, placement, with_ema=with_ema)
     return jax.tree.map(lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes, shardings)
 
 
 def state_shardings(handle, optimizer, placement, *, with_ema=False):
     """Returns the tree of NamedShardings of a TrainState; moments and averages lie by `handle.optimizer_shardings`."""
-    shapes = jax.eval_shape(_make_state(handle, optimizer, with_ema), jax.random.key(0))
+    shapes = _state_shapes(handle, optimizer, with_ema)
     by_name = {
         leaf_name(path): (leaf.shape, sharding)
         for (path, leaf), sharding in zip(
@@ -207,13 +210,14 @@ def leaf_name(path):
     return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _make_state(handle, optimizer, with_ema):
-    def make(key):
-        params = handle.init(key)
-        ema = jax.tree.map(jnp.copy, params) if with_ema else None
-        return TrainState(jnp.int32(0), params, optimizer.init(params), ema, initial_guard())
+def _state_of(params, optimizer, with_ema):
+    ema = jax.tree.map(jnp.copy, params) if with_ema else None
+    return TrainState(jnp.int32(0), params, optimizer.init(params), ema, initial_guard())
 
-    return make
+
+def _state_shapes(handle, optimizer, with_ema):
+    # From the parameters' shapes: building the model again, which traces its initialisers, takes ten times as long.
+    return jax.eval_shape(lambda params: _state_of(params, optimizer, with_ema), handle.shapes)
 
 
 def _is_variable(value):

@@ -54,16 +54,20 @@ def model():
     return make()
 
 
-def plain(model, tokens):
-    """Returns (hidden states [L, D], log-probabilities [L, V] in float64) of one row, unpadded, logits whole."""
-
+@functools.cache
+def plain_program(generator):
     @jax.jit
     def run(params, tokens):
-        module = model.generator.handle.merge(params)
+        module = generator.handle.merge(params)
         hidden = module.hidden(tokens, jnp.arange(tokens.shape[1])[None])
         return hidden[0], module.logits(hidden)[0, :, :VOCAB]
 
-    hidden, logits = (np.asarray(x, np.float64) for x in run(model.params, jnp.array([tokens])))
+    return run
+
+
+def plain(model, tokens):
+    """Returns (hidden states [L, D], log-probabilities [L, V] in float64) of one row, unpadded, logits whole."""
+    hidden, logits = (np.asarray(x, np.float64) for x in plain_program(model.generator)(model.params, jnp.array([tokens])))
     largest = logits.max(-1, keepdims=True)
     return hidden, logits - largest - np.log(np.exp(logits - largest).sum(-1, keepdims=True))
 

@@ -54,7 +54,7 @@ _GPIPE = dict(pipeline=2, expert=2, model=2, pipeline_schedule="gpipe")
         ("dropless", dict(expert=2, data=2, model=2, parameters="fsdp"), dict(remat="full")),
         ("dropless", _PIPELINED, {}),
         pytest.param("capacity", dict(expert=4, data=2), {}, marks=pytest.mark.slow),
-        ("capacity", dict(expert=2, data=2, model=2, parameters="fsdp"), {}),
+        pytest.param("capacity", dict(expert=2, data=2, model=2, parameters="fsdp"), {}, marks=pytest.mark.slow),
         ("capacity", _CONTEXT, {}),
         pytest.param("capacity", _PIPELINED, {}, marks=pytest.mark.slow),
         pytest.param("dropless", _CONTEXT, {}, marks=pytest.mark.slow),
