@@ -20,6 +20,8 @@ _OTHER_TYPES = ("warcinfo", "request", "metadata", "revisit", "continuation")
 _DEEP, _MOST_STEPS = 64, 4_000_000
 _GZIP = 31  # zlib's window bits for what has the header of gzip
 _BLANK = (b"", b"\r\n", b"\n")
+# The first line of a record: alone, or behind what is left of one that was cut.
+_VERSION = re.compile(rb"WARC/\d\.\d{1,2}[ \t]*\r?\n\Z")
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,8})[^\r\n]*\r\n")
 _HTML = re.compile(rb"<(!doctype\s+html|html|head|body)\b", re.IGNORECASE)
@@ -91,10 +93,11 @@ def _records(file, stream, limit):
     Of a block that is longer than a page may be, only enough to see that is read.
     """
     number, line, most = 0, b"\n", None if limit is None else limit + _HEADERS + 1
+    stream = _Lines(stream)
     while True:
         try:
             while line in (b"\r\n", b"\n"):
-                line = stream.readline(_LONGEST_LINE)
+                line = stream.readline()
             if not line:
                 return
             item, line = _record(f"{file}, record {number + 1}", stream, line, most)
@@ -106,44 +109,80 @@ def _records(file, stream, limit):
         yield item
 
 
+class _Lines:
+    """The bytes of an archive; lines can be given back, the last one first."""
+
+    def __init__(self, stream):
+        self._stream, self._given_back = stream, []
+
+    def readline(self):
+        return self._given_back.pop() if self._given_back else self._stream.readline(_LONGEST_LINE)
+
+    def give_back(self, line):
+        self._given_back.append(line)
+
+    def read(self, count):
+        """Returns bytes: asked behind the blank line of headers, where nothing is given back any more."""
+        return self._stream.read(count)
+
+
 def _record(where, stream, line, most):
     """Returns ((headers, block) of the record that begins with `line`, or a DataError, and the first line behind it).
 
     No more is read than the two blank lines at its end: in what follows, damage is that of the next record.
     """
-    if not line.startswith(b"WARC/"):
+    version = _VERSION.search(line)
+    if not line.startswith(b"WARC/") or (version and version.start()):
         error = DataError(f"{where} does not begin where the one before ends: what stands between is left out.")
         return error, _next_record(stream, line)
     headers = _headers(stream)
+    if headers is None:
+        return DataError(f"{where} is cut in its headers: the next one begins there."), stream.readline()
     length = headers.get("content-length", "")
     if not length.isdecimal():
-        return DataError(f"{where} has Content-Length {shown(length)!r}."), _next_record(stream, stream.readline(_LONGEST_LINE))
+        return DataError(f"{where} has Content-Length {shown(length)!r}."), _next_record(stream, stream.readline())
     length = int(length)
     block = _read(stream, length if most is None else min(length, most))
     rest = _skip(stream, length - len(block)) if len(block) == most else length - len(block)
     if rest:
         raise EOFError(f"it ends {rest} bytes before the next one does")
-    line = stream.readline(_LONGEST_LINE)
+    line = stream.readline()
     if line not in _BLANK:
         error = DataError(f"{where} does not end where it says: it is left out, and what follows up to the next one.")
         return error, _next_record(stream, line)
-    return (headers, block), stream.readline(_LONGEST_LINE) if line else line
+    return (headers, block), stream.readline() if line else line
 
 
 def _next_record(stream, line):
     """Returns the first line from `line` on that begins a record, b"" where none does."""
-    while line and not line.startswith(b"WARC/1."):
-        line = stream.readline(_LONGEST_LINE)
-    return line
+    while line:
+        version = _VERSION.search(line)
+        if version or line.startswith(b"WARC/1."):
+            return version[0] if version else line
+        line = stream.readline()
+    return b""
 
 
 def _headers(stream):
-    """Returns the headers of a record."""
-    lines = []
-    while (line := stream.readline(_LONGEST_LINE)) not in (b"\r\n", b"\n"):
+    """Returns the headers of a record, None where it is cut: the next one begins in them, and is given back.
+
+    A version at the end of a line may be that of an address, unless fields go on with one that stood there before.
+    """
+    lines, names = [], set()
+    while (line := stream.readline()) not in (b"\r\n", b"\n"):
         if not line:
             raise EOFError("it ends in the headers of a record")
         lines.append(line)
+        names.add(line.partition(b":")[0])
+        if line.startswith(b"WARC/"):
+            stream.give_back(line)
+            return None
+        if version := _VERSION.search(line):
+            following = stream.readline()
+            stream.give_back(following)
+            if b":" not in line[: version.start()] or following.partition(b":")[0] in names:
+                stream.give_back(version[0])
+                return None
     return _parse(b"".join(lines))
 
 

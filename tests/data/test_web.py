@@ -94,6 +94,18 @@ def test_a_plain_archive_is_read_behind_what_is_bad(tmp_path):
     assert not found and bad == [f"{path} holds no record of a web archive."]
 
 
+@pytest.mark.timeout(60)
+def test_a_record_that_is_cut_in_its_headers_is_named_and_costs_only_itself(tmp_path):
+    """At every place: what is left of it stands before the next one, and may be taken for a part of that."""
+    path = tmp_path / "a.warc"
+    whole = RECORDS[1].index(b"\r\n\r\n") + 4
+    for cut in range(1, whole):
+        found, bad = archive(path, RECORDS[0] + RECORDS[1][:cut] + RECORDS[2] + RECORDS[3])
+        assert found == [1, 3, 4] and len(bad) == 1 and "a.warc, record 2 " in bad[0], (RECORDS[1][:cut], found, bad)
+    odd = record(OK, page(1)).replace(b"http://a/", b"http://a/WARC/1.0")
+    assert archive(path, odd + RECORDS[0]) == ([1, 2], [])
+
+
 def test_what_holds_no_page_is_counted_by_reason(tmp_path):
     records = [
         record("404 Not Found\r\nContent-Type: text/html", page(0)),
