@@ -80,16 +80,18 @@ def _sample(file):
 def decode(data, repair, where, charset="utf-8", looks=None):
     """Returns (text, metadata) of bytes: in `charset`, or else, if that may be repaired, as their statistics look.
 
-    A file may hold lines of UTF-8 and lines of another encoding. looks: what the bytes look like, where that is known.
+    A file may hold lines of UTF-8 and lines of another encoding. looks: what the bytes look like, where that is known: those of
+    a line, at whose start U+FEFF is a character. At the start of a file it is a mark, and left out.
     metadata: `repaired_from`, and `lost_characters` where some became U+FFFD. Raises DataError, beginning with `where`, when
     nothing may be repaired or too many are lost.
     """
     try:
-        return data.decode(_LARGER.get(charset, charset)), {}
+        return data.decode("utf-8" if looks else _LARGER.get(charset, charset)), {}
     except UnicodeDecodeError as error:
         if not repair:
             raise DataError(f"{where} is not UTF-8 (byte {error.start}): convert it, or set repair of its source.") from None
     text, encoding, lost = _replaced(data, looks) if looks else _guess(data, where)
+    text = text if looks else text.removeprefix("\ufeff")
     if lost * _MOST_LOST > len(text) and (lost > 1 or not is_damaged_utf8(data)):
         raise DataError(f"{where} looks like {encoding}, but {lost} of {len(text)} characters are not of it: convert it.")
     return text, {"repaired_from": encoding} | ({"lost_characters": lost} if lost else {})
@@ -147,7 +149,7 @@ def _looks_like(data, where):
 def _replaced(data, encoding):
     text = data.decode(encoding, "replace")
     own = data.count(_LOST.encode()) if encoding.startswith("utf-8") else 0
-    return text.removeprefix("\ufeff"), encoding.removesuffix("-sig"), text.count(_LOST) - own
+    return text, encoding.removesuffix("-sig"), text.count(_LOST) - own
 
 
 def is_damaged_utf8(data):

@@ -36,9 +36,9 @@ def read_record(record, key, source, where, metadata=None):
         if name == source.text_key or value is None:
             continue
         if isinstance(value, str) and value.isascii() and len(value) <= METADATA_CHARACTERS:  # most are
-            kept[_unicode(str(name))] = value
+            kept[_free(name, kept)] = value
             continue
-        name = _unicode(str(name))
+        name = _free(name, kept)
         try:
             value = _plain(value, _DEPTH)
         except _TooLargeError:
@@ -113,7 +113,10 @@ def _plain(value, depth):
         if not depth or len(value) > METADATA_CHARACTERS // 2:
             raise _TooLargeError
         if isinstance(value, dict):
-            value = {_unicode(str(name)): _plain(item, depth - 1) for name, item in value.items()}
+            kept = {}
+            for name, item in value.items():
+                kept[_free(name, kept)] = _plain(item, depth - 1)
+            value = kept
         else:
             value = [_plain(item, depth - 1) for item in value]
         size = len(json.dumps(value, ensure_ascii=False))
@@ -125,6 +128,17 @@ def _plain(value, depth):
     if size > METADATA_CHARACTERS:
         raise _TooLargeError
     return value
+
+
+def _free(name, kept):
+    """Returns a field's name as files hold it; with a number where another one is written so, too, so that none is lost."""
+    name = _unicode(str(name))
+    if name not in kept:
+        return name
+    number = len(kept) + 1
+    while f"{name}_{number}" in kept:
+        number += 1
+    return f"{name}_{number}"
 
 
 def _unicode(text):

@@ -271,7 +271,7 @@ class _Lines:
             self.errors.append(error)
             return line
         self.metadata |= metadata
-        return text
+        return text.removeprefix("\ufeff") if self.number == 1 else text
 
     def _read(self):
         return self._stream.readline() if self._limit is None else self._stream.readline(self._limit + 1)

@@ -11,6 +11,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from llmos_jax.data.encodings import decode
 from tests.data.test_readers import read
 
 GOOD = b'{"text": "good text"}\n'
@@ -255,3 +256,28 @@ def test_a_record_beyond_the_limit_is_not_held(name, tmp_path):
     tracemalloc.stop()
     assert not documents and len(bad) == 1 and "longer than 1048576 bytes" in bad[0]
     assert peak < 16 << 20  # of 55 MB
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_only_at_the_start_of_a_file_of_lines_is_there_a_mark(repair, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_bytes('\ufeff"text",note\n"one\n\ufefftwo",ä\n\ufeffthree,b\n'.encode())
+    documents, bad = read(path, repair=repair)
+    assert not bad and [text for _, text, _ in documents] == ["one\n\ufefftwo", "\ufeffthree"]
+    western = "Größe und Länge für alle Räume".encode("cp1252")
+    data = b"\n".join(["\ufeffÄpfel sind süß für Käufer".encode(), western, "\ufeffdritte Zeile für Wähler".encode()])
+    text, metadata = decode(data, True, "x")
+    assert text.split("\n") == ["Äpfel sind süß für Käufer", western.decode("cp1252"), "\ufeffdritte Zeile für Wähler"]
+    assert metadata == {"repaired_from": "utf-8 and cp1252"}
+
+
+def test_names_that_are_written_alike_keep_their_values(tmp_path):
+    """Half a surrogate pair can't be written: what stands for it is the same for all of them."""
+    path = tmp_path / "a.jsonl"
+    path.write_text(
+        '{"text": "a", "k\\ud800": 1, "k\\ud801": "x", "k\\ud802": 3, "k\ufffd_2": 4, "in": {"\\ud800": 5, "\\ud801": 6}}\n'
+    )
+    ((_, _, metadata),), bad = read(path)
+    assert not bad and metadata == {
+        "k\ufffd": 1, "k\ufffd_2": "x", "k\ufffd_3": 3, "k\ufffd_2_4": 4, "in": {"\ufffd": 5, "\ufffd_2": 6},
+    }  # fmt: skip
