@@ -137,7 +137,7 @@ def _free(name, kept):
         return name
     number = len(kept) + 1
     while f"{name}_{number}" in kept:
-        number += 1
+        number *= 2  # not one by one: the names may have been made to be in the way
     return f"{name}_{number}"
 
 

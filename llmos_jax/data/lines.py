@@ -71,7 +71,7 @@ def _json_record(line, source, file, number, decoder):
             if not source.repair:
                 raise
             text, metadata = decoder.decode(line, where)
-            record = _JSON.decode(text)
+            record = _JSON.decode(text.removeprefix("\ufeff"))  # of files put together, each with its mark
     except DataError as error:
         return (error,)
     except _TwiceError as error:

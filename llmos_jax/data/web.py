@@ -41,8 +41,11 @@ def html_text(data, source, where, label=None):
 
     page, metadata = decode(data, True, where, charset_of(data, label, where))
     tree = HTMLTree.parse(page)
-    is_whole = source.main_content and _is_too_deep(page, tree.document)
-    text = extract_plain_text(tree, main_content=source.main_content and not is_whole, preserve_formatting=True)
+    is_deep = _is_too_deep(page, tree.document)
+    # Each line of a list is indented by its depth: of a deep one the text would have the square of the page's size.
+    is_indented = is_deep and len(tree.document.query_selector_all("ul, ol")) > _DEEP
+    is_whole = is_deep and source.main_content
+    text = extract_plain_text(tree, main_content=source.main_content and not is_deep, preserve_formatting=not is_indented)
     return text, metadata | ({"main_content": False} if is_whole else {})
 
 
@@ -139,7 +142,7 @@ def _record(where, stream, line, most):
     if headers is None:
         return DataError(f"{where} is cut in its headers: the next one begins there."), stream.readline()
     length = headers.get("content-length", "")
-    if not length.isdecimal():
+    if not length.isdecimal() or len(length) > 18:  # more bytes than any file has
         return DataError(f"{where} has Content-Length {shown(length)!r}."), _next_record(stream, stream.readline())
     length = int(length)
     block = _read(stream, length if most is None else min(length, most))
@@ -172,8 +175,13 @@ def _headers(stream):
     while (line := stream.readline()) not in (b"\r\n", b"\n"):
         if not line:
             raise EOFError("it ends in the headers of a record")
+        is_rest = bool(lines) and not lines[-1].endswith(b"\n")  # of a line that is too long to be read at once
         lines.append(line)
-        names.add(line.partition(b":")[0])
+        if is_rest or line.startswith((b" ", b"\t")):
+            continue
+        name = line.partition(b":")[0]
+        if name.lower() != b"warc-concurrent-to":  # the one that may stand there twice
+            names.add(name)
         if line.startswith(b"WARC/"):
             stream.give_back(line)
             return None

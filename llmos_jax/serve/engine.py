@@ -174,7 +174,7 @@ class Engine:
         if rows:
             drafts = self._drafts(rows)
             self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
-        else:
+        if not rows or not len(self.scheduler):
             self._forget_past()
         return events
 
@@ -254,7 +254,8 @@ class Engine:
             self._forget_past()
             if not self.programs.reads_pages:
                 self._past = self._run("gather", {name: arrays[name] for name in ("table", "past")})[1]
-        past, self._past = self._past, None  # used up, whatever happens
+        past = self._past
+        self._forget_past()  # it is used up, whatever happens
         drawn, self._past = self._run("decode", arrays, past, steps=self.settings.decode_steps)
         return drawn
 
@@ -341,6 +342,7 @@ class Engine:
         self._seats.keep(seated, pages)
 
     def _verify(self, requests, drafts, events):
+        self._forget_past()  # it will lack what is accepted here
         length = self.settings.draft_tokens + 1
         pages = self._pages_for(max(r.computed for r in requests) + length)
         rows = self._arrays(requests, self._rows_for(requests), length, pages)

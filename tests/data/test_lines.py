@@ -271,6 +271,14 @@ def test_only_at_the_start_of_a_file_of_lines_is_there_a_mark(repair, tmp_path):
     assert metadata == {"repaired_from": "utf-8 and cp1252"}
 
 
+def test_damaged_lines_of_files_put_together_are_read_behind_their_marks(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = '\ufeff{"text": "héé éàü ça va bien"}\n'.encode()
+    path.write_bytes(line + line.replace(b"bien", b"\xff"))
+    documents, bad = read(path, repair=True)
+    assert not bad and [text for _, text, _ in documents] == ["héé éàü ça va bien", "héé éàü ça va \ufffd"]
+
+
 def test_names_that_are_written_alike_keep_their_values(tmp_path):
     """Half a surrogate pair can't be written: what stands for it is the same for all of them."""
     path = tmp_path / "a.jsonl"

@@ -106,6 +106,39 @@ def test_a_record_that_is_cut_in_its_headers_is_named_and_costs_only_itself(tmp_
     assert archive(path, odd + RECORDS[0]) == ([1, 2], [])
 
 
+@pytest.mark.parametrize("end", [b"\r\n", b"\n"])
+@pytest.mark.parametrize(
+    "headers",
+    [
+        "WARC-Concurrent-To: a\nX: http://x/WARC/1.0\nWARC-Concurrent-To: b", "X: http://x/\n WARC/1.0",
+        "X: a\n b\nY: WARC/1.0\n b",
+        f"X: http://x/{'x' * 70_000}WARC/1.0", f"X: {'x' * (65536 - 3)}WARC/1.0 and more", f"X: {'x' * 65536}WARC/1.0",
+    ],
+)  # fmt: skip
+def test_a_version_within_headers_is_not_always_a_cut(headers, end, tmp_path):
+    odd = record(OK, page(1), extra=headers.replace("\n", "\r\n") + "\r\n")
+    head, _, body = odd.partition(b"\r\n\r\n")
+    odd = head.replace(b"\r\n", end) + end + end + body
+    assert archive(tmp_path / "a.warc", odd + RECORDS[0]) == ([1, 2], [])
+
+
+def test_a_length_that_no_file_has_is_named(tmp_path):
+    long = RECORDS[0].replace(b"Content-Length: ", b"Content-Length: " + b"9" * 5000)
+    found, bad = archive(tmp_path / "a.warc", RECORDS[0] + long + RECORDS[1])
+    assert found == [1, 3] and len(bad) == 1 and "record 2 has Content-Length '(5004 characters)'" in bad[0]
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("main_content", [False, True])
+@pytest.mark.parametrize("lists", ["<ul><li>" * 5000 + "<p>x" * 5000, "<OL>" * 50_000 + "<li>x" * 50_000])
+def test_the_text_of_deep_lists_is_no_longer_than_the_page(lists, main_content, tmp_path):
+    """Indented by their depth they were hundreds of megabytes, or the end of the process."""
+    (tmp_path / "a.html").write_text(f"<html><body>{lists}")
+    ((_, text, metadata),), bad = read(tmp_path / "a.html", main_content=main_content)
+    assert not bad and text.count("x") == lists.count("x") and len(text) < len(lists)
+    assert metadata == ({"main_content": False} if main_content else {})
+
+
 def test_what_holds_no_page_is_counted_by_reason(tmp_path):
     records = [
         record("404 Not Found\r\nContent-Type: text/html", page(0)),

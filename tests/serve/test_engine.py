@@ -250,8 +250,28 @@ def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
     counts = engine.counts - before
     # Only a pass over drafts computes tokens that the past does not get.
     assert counts["decode"] > 1 + counts["verify"] >= counts["gather"] > 0
-    engine.step()
     assert engine._past is None  # what is nobody's takes no memory
+
+
+def test_an_interrupt_while_a_step_waits_loses_nothing(made, monkeypatch):
+    engine, _ = made
+    prompt, sampling = list(range(8, 28)), dataclasses.replace(GREEDY, max_tokens=40, logit_bias={str(END): -100.0})
+    [(expected, _, _)] = engine.generate([prompt], sampling)
+    engine.submit(prompt, sampling)
+    tokens, get = [token for event in engine.step() for token in event.tokens], jax.device_get
+
+    def interrupted(values):
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        monkeypatch.setattr(jax, "device_get", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+        monkeypatch.setattr(jax, "device_get", get)
+        tokens += [token for event in engine.step() for token in event.tokens]
+    while len(engine.scheduler):
+        tokens += [token for event in engine.step() for token in event.tokens]
+    assert tuple(tokens) == expected
 
 
 def test_what_pages_held_before_never_matters(made, expected):
