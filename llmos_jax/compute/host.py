@@ -128,7 +128,7 @@ def process_start(pid):
         # Field 22 of stat, counted after the command name, which may hold spaces.
         return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
-        pass
+        pass  # there is none, or no /proc: which of both is asked below
     if pathlib.Path("/proc/self/stat").exists():
         return None
     try:
