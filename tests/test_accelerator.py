@@ -69,10 +69,10 @@ def test_pages_are_read_where_they_lie(heads, groups, size, softcap):
     run = functools.partial(attend_pages, scale=0.25, softcap=softcap, placement=PLACEMENT)
     found = jax.jit(run)(query_BHK, pools, table_BP, length_B)
     for row, length in enumerate(length_B):
-        key, value = (pool[:, table_BP[row]].reshape(groups, 1, -1, size)[:, :, :length].astype(jnp.float32) for pool in pools)
+        key, value = (pool[:, table_BP[row]].reshape(groups, -1, size)[:, :length].astype(jnp.float32) for pool in pools)
         query = query_BHK[row][None, None].astype(jnp.float32)
         with jax.default_matmul_precision("highest"):
-            expected = attend_cached(query, None, (key, value), None, length - 1, scale=0.25, softcap=softcap)[0, 0]
+            expected = attend_cached(query, [(key.swapaxes(1, 2), value)], None, length - 1, scale=0.25, softcap=softcap)[0, 0]
         np.testing.assert_allclose(np.asarray(found[row], np.float32), expected, atol=2e-2)
 
 

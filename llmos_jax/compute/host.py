@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import itertools
 import logging
 import os
@@ -74,13 +75,23 @@ def cache_directory(name):
 
 def cpu_model():
     """Returns the processor's name, as far as the system tells it."""
+    return _cpu_facts().get("model name", "CPU")
+
+
+@functools.cache
+def has_avx512():
+    """Returns whether the processor has vectors of 512 bits, as far as the system tells it: what is fast depends on them."""
+    return "avx512f" in _cpu_facts().get("flags", "").split()
+
+
+def _cpu_facts():
+    """Returns {name: text} of the first core in /proc/cpuinfo; {} where there is none (not Linux)."""
     try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        first, _, _ = pathlib.Path("/proc/cpuinfo").read_text().partition("\n\n")
     except OSError:
-        pass  # not Linux: the generic name below is all there is
-    return "CPU"
+        return {}
+    pairs = (line.partition(":") for line in first.splitlines())
+    return {name.strip(): text.strip() for name, _, text in pairs}
 
 
 def visible_gpus(environ=os.environ):

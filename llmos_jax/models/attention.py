@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from llmos_jax.compute import host
 from llmos_jax.compute.sharding import platform_of
 from llmos_jax.errors import ConfigError
 from llmos_jax.models.attention_context import context_attention
@@ -24,7 +25,8 @@ _PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla", "blocked"), "tpu": ("
 _SPLASH_TILES = (512, 384, 256, 128)
 # A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
 _CACHED_ROWS = 512
-# XLA:CPU's library packs keys for a product of two heads or more; so few are faster one by one, on threads of their own.
+# Without vectors of 512 bits XLA:CPU's library packs keys for a product of two heads or more: so few are faster one by one, on
+# threads of their own.
 _SINGLE_HEADS = 4
 
 
@@ -68,34 +70,30 @@ def attend(
     return _KERNELS[kernel](query_BLHK, key_BMGK, value_BMGK, **masks, **capped)
 
 
-def attend_cached(query_BLHK, past, recent, past_B, start, *, window=None, scale=None, softcap=None):
+def attend_cached(query_BLHK, cached, start_B, end, *, window=None, scale=None, softcap=None):
     """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
-    past: (key [G, B, K, M], value [G, B, M, K]) of the first past_B[b] tokens of row b, finite beyond; None: there are none.
-    recent: (key, value) [G, B, N, K] of the tokens after those, as far as they are known: the queries are the recent tokens
-    start .. start + L - 1, and see the past and the recent ones to their own, the latest `window` if given. Memory: float32
-    scores of at most 512 tokens at a time.
+    cached: [(key [G x B, K, M], value [G x B, M, K]), ...], parts of one line of columns, all of it finite. Row b begins in
+    column start_B[b] (None: every one in the first); the queries stand in columns end .. end + L - 1 and see their row up to
+    their own column, the latest `window` if given. Memory: float32 scores of at most 512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
-    groups = recent[0].shape[0]
-    parts = [(recent[0].swapaxes(2, 3), recent[1])]
-    if past is not None:
-        parts.insert(0, past)
-    for key, value in parts:
-        if key.swapaxes(2, 3).shape != value.shape or value.shape != (groups, batch, value.shape[2], size) or heads % groups:
+    pairs = len(cached[0][0])
+    for key, value in cached:
+        if key.swapaxes(1, 2).shape != value.shape or len(key) != pairs or key.shape[1] != size or batch * heads % pairs:
             raise ConfigError(
                 f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key.shape} and values "
-                f"{value.shape}; expected [G, B, K, M] and [G, B, M, K] with H a multiple of G."
+                f"{value.shape}; expected [G x B, K, M] and [G x B, M, K] with H a multiple of G."
             )
     scale = 1 / np.sqrt(size) if scale is None else scale
-    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, groups, -1, size)
+    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, pairs // batch, -1, size)
     query_GBRLK = query.transpose(2, 0, 3, 1, 4)
-    recent_L = start + jnp.arange(length)
+    columns = sum(value.shape[1] for _, value in cached)
     outputs = []
     for begin in range(0, length, _CACHED_ROWS):
         rows = slice(begin, min(begin + _CACHED_ROWS, length))
-        seen = _seen_in_cache(recent_L[rows], past, recent, past_B, window)
-        outputs.append(_attend_part(query_GBRLK[:, :, :, rows], parts, seen, softcap))
+        seen = _seen_in_cache(start_B, end + jnp.arange(rows.start, rows.stop), columns, window)
+        outputs.append(_attend_part(query_GBRLK[:, :, :, rows], cached, seen, softcap))
     output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
@@ -334,20 +332,13 @@ def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
 _KERNELS = {"reference": _reference, "blocked": _blocked, "xla": _xla, "cudnn": _cudnn}
 
 
-def _seen_in_cache(recent_L, past, recent, past_B, window):
-    """Returns which tokens of the past, and of the recent ones, each new token sees, bool [B or 1, L, M + N]."""
-    slot_N = jnp.arange(recent[0].shape[2])
-    seen = slot_N <= recent_L[:, None]
+def _seen_in_cache(start_B, column_L, columns, window):
+    """Returns which of the columns each query, which stands in one, sees of its row, bool [B or 1, L, M]."""
+    column_M, column_L1 = jnp.arange(columns), column_L[:, None]
+    seen_LM = column_M <= column_L1
     if window is not None:
-        seen &= slot_N > recent_L[:, None] - window
-    seen_BLM = seen[None]
-    if past is None:
-        return seen_BLM
-    slot_M = jnp.arange(past[1].shape[2])
-    past_BLM = jnp.broadcast_to(slot_M < past_B[:, None, None], (past_B.shape[0], recent_L.shape[0], slot_M.shape[0]))
-    if window is not None:
-        past_BLM &= slot_M > (past_B[:, None] + recent_L)[:, :, None] - window
-    return jnp.concatenate([past_BLM, jnp.broadcast_to(seen_BLM, (*past_BLM.shape[:2], slot_N.shape[0]))], -1)
+        seen_LM &= column_M > column_L1 - window
+    return seen_LM[None] if start_B is None else seen_LM & (column_M >= start_B[:, None, None])
 
 
 def _capped(scores, softcap):
@@ -358,7 +349,8 @@ def _attend_part(query_GBRLK, parts, seen_BLM, softcap):
     """Returns `_attend_rows`, in the form that is fast for the shape at hand."""
     _, batch, heads, length, _ = query_GBRLK.shape
     whole = functools.partial(_attend_rows, softcap=softcap)
-    if length > 1 or batch == 1 or not 1 < heads <= _SINGLE_HEADS or parts[0][0].dtype != jnp.float32:
+    is_float32 = parts[0][0].dtype == jnp.float32
+    if length > 1 or batch == 1 or not 1 < heads <= _SINGLE_HEADS or not is_float32 or host.has_avx512():
         return whole(query_GBRLK, parts, seen_BLM)
 
     def one_by_one(query_GBRLK, parts, seen_BLM):
@@ -369,10 +361,14 @@ def _attend_part(query_GBRLK, parts, seen_BLM, softcap):
 
 def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):
     """Returns attention [G, B, R, L, K] in float32, with full scores."""
-    sizes = [value.shape[2] for _, value in parts]
+    groups, batch, *rest = query_GBRLK.shape
+    query_NRLK = query_GBRLK.reshape(groups * batch, *rest)
+    sizes = [value.shape[1] for _, value in parts]
     wide = dict(preferred_element_type=jnp.float32)
-    scores = [jnp.einsum("GBRLK,GBKM->GBRLM", query_GBRLK, key, **wide) for key, _ in parts]
+    scores = [jnp.einsum("NRLK,NKM->NRLM", query_NRLK, key, **wide) for key, _ in parts]
     scores = _capped(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], softcap)
-    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores, HIDDEN)).astype(parts[0][1].dtype)
-    weights = jnp.split(weights, sizes[:-1], -1)
-    return sum(jnp.einsum("GBRLM,GBMK->GBRLK", w, value, **wide) for w, (_, value) in zip(weights, parts, strict=True))
+    scores_GBRLM = scores.reshape(groups, batch, *scores.shape[1:])
+    weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores_GBRLM, HIDDEN)).astype(parts[0][1].dtype)
+    weights = jnp.split(weights.reshape(scores.shape), sizes[:-1], -1)
+    outputs = (jnp.einsum("NRLM,NMK->NRLK", w, value, **wide) for w, (_, value) in zip(weights, parts, strict=True))
+    return sum(outputs).reshape(query_GBRLK.shape)

@@ -16,7 +16,7 @@ from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import head, moe
 from llmos_jax.models.attention import IMPLEMENTATIONS, attend
-from llmos_jax.models.layers import dropout, fold_key, lookup, parameter
+from llmos_jax.models.layers import dropout, fold_key, lookup, parameter, unembed
 from llmos_jax.models.rope import rotate
 from llmos_jax.models.stack import EXECUTIONS, REMAT_POLICIES, Stack
 
@@ -288,9 +288,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden_BLD):
         """Returns the logits [B, L, V] of hidden states, float32."""
-        weight_VD = self.head_weight.astype(hidden_BLD.dtype)
-        logits_BLV = jnp.einsum("BLD,VD->BLV", hidden_BLD, weight_VD, preferred_element_type=jnp.float32)
-        return head.capped(logits_BLV, self.logits_softcap)
+        return head.capped(unembed(hidden_BLD, self.head_weight, self.placement), self.logits_softcap)
 
     def decode(self, tokens_BL, positions_BL, layers, longest_BL=None):
         """Returns (hidden [B, L, D], written): L new tokens of every row, at these positions.

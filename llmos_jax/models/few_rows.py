@@ -1,17 +1,22 @@
 """Products of few rows with a weight, as decoding makes them, in the forms that XLA:CPU runs fast.
 
-Its matrix library packs the right operand anew in every call, which for few rows costs more than the product. One row at a time
-the weight is only streamed; with some more, the weight as the left operand is not packed. (BUILD_NOTES.md has the
-measurements: 1.2 to 2 times the speed from 2 to 48 rows; a single row needs no second one to be fast.)
+Without vectors of 512 bits its matrix library packs the right operand anew in every call, which for few rows costs more than
+the product. One row at a time the weight is only streamed; with some more, the weight as the left operand is not packed. With
+such vectors the plain product is the fastest. (BUILD_NOTES.md has the measurements: on AVX2 1.2 to 2 times the speed from 2 to
+48 rows; on AVX-512 the same forms are up to 3 times slower. A single row needs no second one to be fast.)
 """
 
 import jax.numpy as jnp
 from jax import lax
 
+from llmos_jax.compute import host
+
 # Up to here one row at a time is the fastest, and up to there the weight as the left operand.
 _SINGLE_ROWS, MOST_ROWS = 4, 48
 # Smaller weights stay in a core's cache: their form does not matter.
 LEAST_SIZE = 2**16
+# Parts of a table that are multiplied side by side.
+_PARTS = 8
 
 
 def product(x_BI, weight_IO):
@@ -19,7 +24,22 @@ def product(x_BI, weight_IO):
     if x_BI.dtype != jnp.float32:
         # A single row would have the whole weight converted first; two are the library's.
         return (jnp.repeat(x_BI, 2, axis=0) @ weight_IO)[:1] if len(x_BI) == 1 else x_BI @ weight_IO
+    if host.has_avx512():
+        return x_BI @ weight_IO
     if len(x_BI) <= _SINGLE_ROWS:
         return jnp.concatenate([lax.dot(x_BI[row : row + 1], weight_IO) for row in range(len(x_BI))])
     # Without the barrier the transposition is fused away, and the library misses its fast case.
     return lax.dot_general(weight_IO, lax.optimization_barrier(x_BI.T), (((0,), (0,)), ((), ()))).T
+
+
+def product_with_table(x_BI, table_VI):
+    """Returns x @ table.T in float32, [B, V], for B <= MOST_ROWS rows.
+
+    As a batch of parts the library runs it on all threads: half the time of one product from 2 to 16 rows.
+    """
+    wide = dict(preferred_element_type=jnp.float32)
+    parts = _PARTS if len(table_VI) % _PARTS == 0 else 1
+    table_PVI = table_VI.reshape(parts, -1, table_VI.shape[1])
+    x_PBI = jnp.broadcast_to(x_BI, (parts, *x_BI.shape))
+    y_PVB = lax.dot_general(table_PVI, x_PBI, (((2,), (2,)), ((0,), (0,))), **wide)
+    return y_PVB.reshape(len(table_VI), len(x_BI)).T

@@ -129,6 +129,22 @@ def matmul(x, weight, contracted=1):
     )
 
 
+def unembed(x_BLD, table_VD, placement):
+    """Returns the products [B, L, V], float32, of hidden states with the rows of an embedding table."""
+
+    def whole(x_BLD, table_VD):
+        return jnp.einsum("BLD,VD->BLV", x_BLD, table_VD, preferred_element_type=jnp.float32)
+
+    def few(x_BLD, table_VD):
+        y_BV = few_rows.product_with_table(x_BLD.reshape(-1, x_BLD.shape[-1]), table_VD)
+        return y_BV.reshape(*x_BLD.shape[:-1], -1)
+
+    table_VD = table_VD.astype(x_BLD.dtype)
+    if math.prod(x_BLD.shape[:-1]) > few_rows.MOST_ROWS or placement.axis_size("vocab") > 1:
+        return whole(x_BLD, table_VD)
+    return lax.platform_dependent(x_BLD, table_VD, cpu=few, default=whole)
+
+
 def _contract_few(x, weight, contracted):
     inputs = math.prod(weight.shape[:contracted])
     y = few_rows.product(x.reshape(-1, inputs), weight.reshape(inputs, -1))

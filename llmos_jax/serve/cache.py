@@ -1,10 +1,10 @@
 """Keys and values in pages, on the devices: made, gathered for a program's rows, written back. Donated and updated in place.
 
-A program reads what its rows have (the past) gathered from pages, keeps the tokens that it adds (the recent ones) beside it
-and writes only these back: whatever a decoding loop does in between touches neither pool nor past. Both parts are attended to
-at once (`models.attention.attend_cached`). At its end the loop adds them to the past, too: the next one goes on from it. Where
-the platform has a kernel that reads pages where they lie, nothing is gathered: each token is written into its page
-(`models.attention_paged`).
+What a program reads of its rows is gathered from pages into columns that all rows have in common: every past ends in the same
+column, wherever it begins, so that what comes next has one place for all rows. A decoding loop goes on in these columns, one
+further for each token, and the next one goes on from there; only what was added is written back to pages. A chunk of several
+tokens attends to the past and to itself side by side (`models.attention.attend_cached`). Where the platform has a kernel that
+reads pages where they lie, nothing is gathered: each token is written into its page (`models.attention_paged`).
 """
 
 import jax
@@ -30,8 +30,8 @@ def init_pools(family, config, pages, page_size, dtype, stages):
 
 
 def pool_sharding(stages):
-    """Returns how every pool is laid out."""
-    return stages.sharding("heads", None, None, None)
+    """Returns how every pool, and what was gathered of it, is laid out."""
+    return stages.sharding("heads")
 
 
 def page_bytes(family, config, page_size, dtype):
@@ -40,25 +40,66 @@ def page_bytes(family, config, page_size, dtype):
     return 2 * layers * groups * length * size * jnp.dtype(dtype).itemsize
 
 
-def gather(pools, table_BP, past_B):
-    """Returns the past of rows, (keys [G, B, K, P x page_size], values [G, B, P x page_size, K]) of each layer.
+def gather(pools, table_BP, past_B, end):
+    """Returns the past of rows, (keys [G x B, K, M], values [G x B, M, K]) of each layer, with M = P x page_size columns.
 
-    table_BP: the pages of each row; zeros from past_B on. What earlier owners left in a page never matters: not even if it is
-    not finite. Keys lie as the product with queries reads them: a decoding loop would turn them around in every step.
+    table_BP: the pages of each row, whose past_B[b] tokens are to end before column `end`. Other columns are zero: what earlier
+    owners left in a page never matters, not even if it is not finite. Keys lie as the product with queries reads them: a
+    decoding loop would turn them around in every step, and would copy groups and rows that are two dimensions.
     """
+    page_size, pages = pools[0][0].shape[2], table_BP.shape[1]
+    token_BM = jnp.arange(pages * page_size) - (end - past_B)[:, None]
+    page_BM = jnp.take_along_axis(table_BP, jnp.clip(token_BM // page_size, 0, pages - 1), 1)
+    is_there_BM = (token_BM >= 0) & (token_BM < past_B[:, None])
 
     def read(pool_GPSK):
-        groups, _, page_size, size = pool_GPSK.shape
-        rows, pages = table_BP.shape
-        past_GBMK = pool_GPSK[:, table_BP].reshape(groups, rows, pages * page_size, size)
-        return jnp.where((jnp.arange(pages * page_size) < past_B[:, None])[None, :, :, None], past_GBMK, 0)
+        read_GBMK = jnp.where(is_there_BM[None, :, :, None], pool_GPSK[:, page_BM, token_BM % page_size], 0)
+        return _pairs(read_GBMK)
 
-    return [(read(key).swapaxes(2, 3), read(value)) for key, value in pools]
+    return [(read(key).swapaxes(1, 2), read(value)) for key, value in pools]
 
 
-def init_recent(pools, rows, length):
-    """Returns room for `length` tokens of each row, a (key, value) pair a layer, [G, B, length, K] each."""
-    return jax.tree.map(lambda pool: jnp.zeros((pool.shape[0], rows, length, pool.shape[3]), pool.dtype), pools)
+def init_columns(pools, rows, pages):
+    """Returns zeroed columns as `gather` fills them, of `pages` pages for each row."""
+
+    def make(pool):
+        groups, _, page_size, size = pool.shape
+        return jnp.zeros((groups * rows, pages * page_size, size), pool.dtype)
+
+    return [(make(key).swapaxes(1, 2), make(value)) for key, value in pools]
+
+
+def gather_some(pools, columns, table_BP, past_B, end, row_B, count):
+    """Returns the columns with the first `count` of these rows gathered anew."""
+    groups, rows = pools[0][0].shape[0], table_BP.shape[0]
+
+    def fill(index, columns):
+        row = row_B[index]
+        new = gather(pools, *(lax.dynamic_slice_in_dim(x, row, 1) for x in (table_BP, past_B)), end)
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new[:, None], row, 1), columns, new)
+
+    columns = jax.tree.map(lambda x: x.reshape(groups, rows, *x.shape[1:]), columns)
+    return jax.tree.map(_pairs, lax.fori_loop(0, count, fill, columns))
+
+
+def cut(columns, rows, end, length):
+    """Returns the keys and values [G, B, length, K] of each layer from column `end` on."""
+
+    def recent(x_NMK):
+        return x_NMK.reshape(-1, rows, *x_NMK.shape[1:])
+
+    return [
+        (
+            recent(lax.dynamic_slice_in_dim(key, end, length, 2).swapaxes(1, 2)),
+            recent(lax.dynamic_slice_in_dim(value, end, length, 1)),
+        )
+        for key, value in columns
+    ]
+
+
+def _pairs(x_GB):
+    """Returns an array whose first dimensions, groups and rows, are one."""
+    return x_GB.reshape(-1, *x_GB.shape[2:])
 
 
 def write_tokens(pools, recent, table_BP, past_B, count_B):
@@ -70,22 +111,6 @@ def write_tokens(pools, recent, table_BP, past_B, count_B):
     page_BN = jnp.take_along_axis(table_BP, jnp.minimum(index_BN, pages - 1), 1)
     page_BN = jnp.where((step_N < count_B[:, None]) & (index_BN < pages), page_BN, 0)
     return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(_finite(new)), pools, recent)
-
-
-def extend(past, recent, past_B, count_B):
-    """Returns the past of `gather` with the first count_B recent tokens of each row behind its first past_B tokens."""
-    rows_B1 = jnp.arange(past_B.shape[0])[:, None]
-    step_N = jnp.arange(recent[0][0].shape[2])
-    # What is nobody's has no place.
-    slot_BN = jnp.where(step_N < count_B[:, None], past_B[:, None] + step_N, past[0][1].shape[2])
-
-    def write(past, recent):
-        (key_GBKM, value_GBMK), (new_key_GBNK, new_value_GBNK) = past, map(_finite, recent)
-        # Dimensions that are indexed together stay where they are if they are neighbours, and come first if not.
-        key_GBKM = key_GBKM.at[:, rows_B1, :, slot_BN].set(new_key_GBNK.transpose(1, 2, 0, 3), mode="drop")
-        return key_GBKM, value_GBMK.at[:, rows_B1, slot_BN].set(new_value_GBNK, mode="drop")
-
-    return [write(*of_layer) for of_layer in zip(past, recent, strict=True)]
 
 
 def write_pages(pools, recent, pages_BP):
@@ -103,18 +128,26 @@ def _finite(new):
     return jnp.where(jnp.isfinite(new), new, 0)
 
 
-def read_step(past_B, step):
-    """Returns the `read` of `Block.decode` for entries (past, recent), which writes new tokens into recent from `step` on."""
+def read_step(start_B, column):
+    """Returns the `read` of `Block.decode` for columns, which writes new tokens into them from `column` on.
 
-    def read(entry, query_BLHK, key_BLGK, value_BLGK, **mask):
-        past, recent = entry
-        new = (x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
-        recent = tuple(
-            lax.dynamic_update_slice(old, x.astype(old.dtype), (0, 0, step, 0)) for old, x in zip(recent, new, strict=True)
-        )
-        return attend_cached(query_BLHK, past, recent, past_B, step, **mask), recent
+    is_turn: what is to be written counts (`Stages.run`).
+    """
+
+    def read(columns, query_BLHK, key_BLGK, value_BLGK, is_turn=None, **mask):
+        key_NKM, value_NMK = columns
+        new_NKL = _finite(key_BLGK.astype(key_NKM.dtype)).transpose(2, 0, 3, 1).reshape(*key_NKM.shape[:2], -1)
+        new_NLK = _pairs(_finite(value_BLGK.astype(value_NMK.dtype)).transpose(2, 0, 1, 3))
+        columns = _written(key_NKM, new_NKL, column, 2, is_turn), _written(value_NMK, new_NLK, column, 1, is_turn)
+        return attend_cached(query_BLHK, [columns], start_B, column, **mask), columns
 
     return read
+
+
+def _written(old, new, column, axis, is_turn):
+    if is_turn is not None:
+        new = jnp.where(is_turn, new, lax.dynamic_slice_in_dim(old, column, new.shape[axis], axis))
+    return lax.dynamic_update_slice_in_dim(old, new, column, axis)
 
 
 def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
@@ -123,11 +156,11 @@ def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
     longest = table_BP.shape[1] * page_size
     length_B = jnp.where(is_anybodys_B, jnp.minimum(past_B + step + 1, longest), 1)
 
-    def read(pools, query_BLHK, key_BLGK, value_BLGK, *, window, **form):
+    def read(pools, query_BLHK, key_BLGK, value_BLGK, *, window, is_turn=True, **form):
         if window is not None:
             raise ValueError("layers with a window have no kernel that reads pages: `pages_refusal` says so.")
         recent = tuple(x.transpose(2, 0, 1, 3).astype(pools[0].dtype) for x in (key_BLGK, value_BLGK))
-        (pools,) = write_tokens([pools], [recent], table_BP, past_B + step, is_anybodys_B.astype(jnp.int32))
+        (pools,) = write_tokens([pools], [recent], table_BP, past_B + step, (is_anybodys_B & is_turn).astype(jnp.int32))
         return attend_pages(query_BLHK[:, 0], pools, table_BP, length_B, placement=placement, **form)[:, None], pools
 
     return read
@@ -135,6 +168,8 @@ def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
 
 def read_chunk(past_B, dtype, placement):
     """Returns the `read` of `Block.decode` for entries that are pasts (None: there is none), which keeps all new tokens.
+
+    A past ends with its last column.
 
     Without a past it is the attention of training, with its kernels, where rows are whole.
     """
@@ -144,6 +179,10 @@ def read_chunk(past_B, dtype, placement):
         recent = tuple(x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
         if past is None and placement.axis_size("length") == 1:
             return attend(query_BLHK, key_BLGK, value_BLGK, placement=placement, **mask), recent
-        return attend_cached(query_BLHK, past, recent, past_B, 0, **mask), recent
+        own = [(_pairs(recent[0]).swapaxes(1, 2), _pairs(recent[1]))]
+        if past is None:
+            return attend_cached(query_BLHK, own, None, 0, **mask), recent
+        end = past[1].shape[1]
+        return attend_cached(query_BLHK, [past, *own], end - past_B, end, **mask), recent
 
     return read

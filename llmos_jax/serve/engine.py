@@ -7,6 +7,7 @@ shared pages, preemption and drafts change only when it comes. Decisions use no 
 
 import collections
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
@@ -21,7 +22,7 @@ from llmos_jax.serve.pages import PagePool
 from llmos_jax.serve.programs import Programs, row_arrays
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.serve.schedule import Request, Scheduler
-from llmos_jax.serve.seats import Seats
+from llmos_jax.serve.seats import Seating, Seats
 
 # The fewest tokens of a row that have a program of their own.
 _LEAST_CONTEXT, _LEAST_CHUNK = 256, 32
@@ -98,7 +99,7 @@ class Engine:
         self.vocab_size, self.end_ids = vocab_size, frozenset(end_ids)
         size, rows = self.settings.page_size, self.settings.rows
         self.dtype = handle.merge(params).dtype
-        self.programs = Programs(handle, family, config, vocab_size, end_ids, self._reads_pages())
+        self.programs = Programs(handle, family, config, vocab_size, end_ids, size, self._reads_pages())
         whole = -(-config.context // size)
         affordable = self.settings.cache_bytes // cache.page_bytes(family, config, size, self.dtype)
         self.pool = PagePool(min(max(affordable, whole), rows * whole), size)
@@ -106,11 +107,18 @@ class Engine:
         self.counts = collections.Counter()
         self._row_ladder = _row_ladder(rows)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
-        # A kernel reads what a row has; what is gathered is read whole.
-        self._decode_ladder = self._page_ladder if self.programs.reads_pages else _fine_ladder(self._page_ladder[0], whole)
+        # A kernel reads what a row has; what is gathered is read whole, and holds what is drawn beyond the context, too.
+        ladder = self._page_ladder
+        if not self.programs.reads_pages:
+            beyond = self.pool.pages_for(config.context + self.settings.decode_steps)
+            ladder = [*_fine_ladder(self._page_ladder[0], whole)[:-1], beyond]
+        self._column_ladder = [pages * size for pages in ladder]
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
-        self._next_id, self._weights, self._pools, self._past, self._cancelled = 0, None, None, None, []
+        # A CPU computes padding as slowly as tokens; behind a past there are programs for each length of it, and fewer chunks.
+        is_cpu = handle.placement.platform == "cpu"
+        self._whole_ladder = _with_halfway(self._chunk_ladder, size) if is_cpu else self._chunk_ladder
+        self._next_id, self._weights, self._pools, self._columns, self._cancelled = 0, None, None, None, []
         self._seats = Seats()
         self.load(params)
 
@@ -126,7 +134,7 @@ class Engine:
     def release(self):
         """Gives the memory of weights and cache back; `load` takes it again. Compiled programs are kept."""
         self._weights = self._pools = None
-        self._forget_past()
+        self._forget_columns()
         self.pool.forget()
 
     def submit(self, prompt, sampling, stream=0):
@@ -175,7 +183,7 @@ class Engine:
             drafts = self._drafts(rows)
             self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
         if not rows or not len(self.scheduler):
-            self._forget_past()
+            self._forget_columns()
         return events
 
     def stream(self, prompts, samplings):
@@ -216,15 +224,16 @@ class Engine:
     def warm_up(self):
         """Compiles every program that a request can need, and returns how many there are."""
         for rows in self._row_ladder:
-            for pages in self._decode_ladder:
-                self._run_decode(self._arrays([], rows, 1, pages), is_there=False)
+            for columns in self._column_ladder:
+                self._run_decode(Seating((None,) * rows, columns, 0, (), is_new=True), {})
             for pages in self._page_ladder if self.settings.draft_tokens else ():
                 self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
-        for length in self._chunk_ladder:
-            for pages, has_past in ((1, False), *((pages, True) for pages in self._page_ladder)):
-                for rows in {1, self._most_rows(length, pages, has_past)}:
-                    self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=has_past)
-        self._forget_past()
+        shapes = [(length, 1, False) for length in self._whole_ladder]
+        shapes += [(length, pages, True) for length in self._chunk_ladder for pages in self._page_ladder]
+        for length, pages, has_past in shapes:
+            for rows in {1, self._most_rows(length, pages, has_past)}:
+                self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=has_past)
+        self._forget_columns()
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
 
@@ -243,24 +252,38 @@ class Engine:
         stretched = self.config.stretched_from
         return b"" if stretched is None else str(max(prompt_length, stretched)).encode()
 
-    def _run(self, kind, rows, past=None, **static):
-        drawn, (self._pools, past) = self.programs.run(kind, self._weights, (self._pools, past), rows, **static)
+    def _run(self, kind, rows, columns=None, **static):
+        drawn, (self._pools, columns) = self.programs.run(kind, self._weights, (self._pools, columns), rows, **static)
         self.counts[kind] += 1
-        return jax.device_get(drawn), past
+        return jax.device_get(drawn), columns
 
-    def _run_decode(self, arrays, is_there):
-        """Returns what a decoding program draws; is_there: what was gathered before is these rows' past."""
-        if not is_there:
-            self._forget_past()
-            if not self.programs.reads_pages:
-                self._past = self._run("gather", {name: arrays[name] for name in ("table", "past")})[1]
-        past = self._past
-        self._forget_past()  # it is used up, whatever happens
-        drawn, self._past = self._run("decode", arrays, past, steps=self.settings.decode_steps)
+    def _run_decode(self, seating, last_token):
+        """Returns what a decoding program draws; last_token: that of each request, by its id."""
+        arrays = self._arrays(seating.requests, len(seating.requests), 1, seating.columns // self.pool.page_size)
+        arrays["end"] = np.full(1, seating.end, np.int32)
+        for row, request in enumerate(seating.requests):
+            arrays["tokens"][row, 0] = last_token[request.id] if request else 0
+        columns = self._columns
+        self._forget_columns()  # they are used up, whatever happens
+        if not self.programs.reads_pages:
+            columns = self._filled(columns, seating, arrays)
+        drawn, self._columns = self._run("decode", arrays, columns, steps=self.settings.decode_steps)
         return drawn
 
-    def _forget_past(self):
-        self._past = None
+    def _filled(self, columns, seating, arrays):
+        """Returns columns in which all that the rows have lies before the seating's end."""
+        if seating.is_new:
+            columns = self._run("columns", {"table": arrays["table"]})[1]
+        if seating.missing or seating.is_new:
+            arrays = {name: arrays[name] for name in ("table", "past", "end")}
+            arrays["row"] = np.zeros(len(seating.requests), np.int32)
+            arrays["row"][: len(seating.missing)] = seating.missing
+            arrays["gathered"] = np.full(1, len(seating.missing), np.int32)
+            columns = self._run("gather", arrays, columns)[1]
+        return columns
+
+    def _forget_columns(self):
+        self._columns = None
         self._seats.clear()
 
     def _arrays(self, requests, rows, length, pages):
@@ -295,10 +318,11 @@ class Engine:
 
     def _prefill_shape(self, request, start, stop):
         """Returns (length, pages of the past, whether there is one) of the program for a chunk."""
-        length = next(length for length in self._chunk_ladder if length >= stop - start)
-        if request.payload.is_penalised and stop == len(request.tokens):
-            return length, self._pages_for(stop), True  # history follows the pages
-        return length, self._pages_for(start) if start else 1, start > 0
+        needs_history = request.payload.is_penalised and stop == len(request.tokens)
+        has_past = start > 0 or needs_history  # history follows the pages
+        ladder = self._chunk_ladder if has_past else self._whole_ladder
+        length = next(length for length in ladder if length >= stop - start)
+        return length, self._pages_for(stop if needs_history else start) if has_past else 1, has_past
 
     def _most_rows(self, length, pages, has_past):
         """Returns how many chunks of a shape one dispatch computes: it is made for one, and for so many."""
@@ -329,20 +353,16 @@ class Engine:
 
     def _decode(self, requests, events):
         steps = self.settings.decode_steps
-        pages = self._pages_for(max(r.computed for r in requests) + steps, self._decode_ladder)
-        seated, is_there = self._seats.take(requests, self._rows_for(requests), pages)
-        row_of = {request.id: row for row, request in enumerate(seated) if request is not None}
-        arrays = self._arrays(seated, len(seated), 1, pages)
-        for request in requests:
-            arrays["tokens"][row_of[request.id], 0] = request.tokens[-1]
-        tokens, logprobs = self._run_decode(arrays, is_there)
+        seating = self._seats.take(requests, self._rows_for(requests), steps, self._column_ladder)
+        tokens, logprobs = self._run_decode(seating, {request.id: request.tokens[-1] for request in requests})
+        row_of = {request.id: row for row, request in enumerate(seating.requests) if request}
         for request in requests:
             row = row_of[request.id]
             self._accept(request, tokens[:, row], jax.tree.map(lambda x, row=row: x[:, row], logprobs), events)
-        self._seats.keep(seated, pages)
+        self._seats.keep(seating, steps)
 
     def _verify(self, requests, drafts, events):
-        self._forget_past()  # it will lack what is accepted here
+        self._forget_columns()  # it will lack what is accepted here
         length = self.settings.draft_tokens + 1
         pages = self._pages_for(max(r.computed for r in requests) + length)
         rows = self._arrays(requests, self._rows_for(requests), length, pages)
@@ -386,9 +406,9 @@ class Engine:
     def _rows_for(self, requests):
         return next(rows for rows in self._row_ladder if rows >= len(requests))
 
-    def _pages_for(self, tokens, ladder=None):
-        pages, ladder = self.pool.pages_for(tokens), ladder or self._page_ladder
-        return next((step for step in ladder if step >= pages), ladder[-1])
+    def _pages_for(self, tokens):
+        pages = self.pool.pages_for(tokens)
+        return next((step for step in self._page_ladder if step >= pages), self._page_ladder[-1])
 
 
 def _ladder(least, most, factor):
@@ -397,6 +417,11 @@ def _ladder(least, most, factor):
     while sizes[-1] < most:
         sizes.append(min(sizes[-1] * factor, most))
     return sizes
+
+
+def _with_halfway(sizes, unit):
+    """Returns rising sizes with one more between each two, in whole units."""
+    return sorted({*sizes, *((low + high) // (2 * unit) * unit for low, high in itertools.pairwise(sizes))})
 
 
 def _row_ladder(most):

@@ -1,4 +1,4 @@
-"""The engine's compiled programs: prefill a chunk, gather a past, decode several steps, verify drafts; a fixed set, counted."""
+"""The engine's compiled programs: prefill a chunk, gather pages, decode several steps, verify drafts; a fixed set, counted."""
 
 import functools
 
@@ -19,7 +19,8 @@ class Programs:
     when tokens are decoded one by one.
     """
 
-    def __init__(self, handle, family, config, vocab_size, end_ids, reads_pages=False):
+    def __init__(self, handle, family, config, vocab_size, end_ids, page_size, reads_pages=False):
+        self.page_size = page_size
         self.handle, self.family, self.config, self.placement = handle, family, config, handle.placement
         self.vocab_size, self.end_ids, self.reads_pages = vocab_size, np.array(sorted(end_ids), np.int32), reads_pages
         self.stages = Stages(handle.placement, config)
@@ -33,10 +34,10 @@ class Programs:
         return len(self._compiled)
 
     def run(self, kind, weights, held, rows, **static):
-        """Runs "prefill", "gather", "decode" or "verify" and returns (outputs, held); what was held is used up.
+        """Runs "prefill", "columns", "gather", "decode" or "verify" and returns (outputs, held); what was held is used up.
 
-        held: (pools, past). The past, which "gather" makes and "decode" goes on from, is None for all others, and where a
-        kernel reads pages.
+        held: (pools, columns). The columns, which "columns" makes, "gather" fills and "decode" goes on in, are None for all
+        others, and where a kernel reads pages.
         """
         layout = layout_of(rows)
         key = (kind, layout, held[0][0][0].shape, tuple(sorted(static.items())))
@@ -58,11 +59,20 @@ class Programs:
         return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, held, packed).compile()
 
     def _gathered(self, pools, rows):
-        return self.stages.each(cache.gather, (0, None, None))(pools, rows["table"], rows["past"])
+        end = rows["table"].shape[1] * self.page_size
+        return self.stages.each(cache.gather, (0, None, None, None))(pools, rows["table"], rows["past"], end)
+
+    def _columns(self, weights, held, rows):
+        """Makes room for the pages of rows that are to be decoded."""
+        make = functools.partial(cache.init_columns, rows=rows["table"].shape[0], pages=rows["table"].shape[1])
+        return (), (held[0], self.stages.each(make, (0,))(held[0]))
 
     def _gather(self, weights, held, rows):
-        """Copies together the pages of each row, for decoding programs to go on from."""
-        return (), (held[0], self._gathered(held[0], rows))
+        """Copies the pages of some rows together, for decoding programs to go on from."""
+        pools, columns = held
+        gather = self.stages.each(cache.gather_some, (0, 0, None, None, None, None, None))
+        given = (rows["table"], rows["past"], rows["end"][0], rows["row"], rows["gathered"][0])
+        return (), (pools, gather(pools, columns, *given))
 
     def _write(self, pools, recent, rows, count_B):
         write = self.stages.each(cache.write_tokens, (0, 0, None, None, None))
@@ -100,18 +110,17 @@ class Programs:
     def _decode(self, weights, held, rows, steps):
         """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
         model, ends_E, is_anybodys_B = self.handle.merge(weights[0]), jnp.asarray(self.end_ids), rows["room"] > 0
-        sampler, (pools, past) = self._sampler(model, rows), held
+        sampler, (pools, columns), end = self._sampler(model, rows), held, rows["end"][0]
 
         def advance(state):
             step, token_B, is_active_B, kept, counts, drawn = state
             positions_B1, longest_B1 = self._positions(rows, step, 1)
             if self.reads_pages:
-                entries = kept
-                size = pools[0][0].shape[2]
-                read = cache.read_pages(rows["table"], rows["past"], step, is_anybodys_B, size, self.placement)
+                given = (rows["table"], rows["past"], step, is_anybodys_B, self.page_size)
+                read = cache.read_pages(*given, self.placement)
             else:
-                entries, read = list(zip(past, kept, strict=True)), cache.read_step(rows["past"], step)
-            layers = self.stages.run(model.stack, weights[1], entries, read)
+                read = cache.read_step(end - rows["past"], end + step)
+            layers = self.stages.run(model.stack, weights[1], kept, read, is_updated=True)
             hidden_B1D, kept = model.decode(token_B[:, None], positions_B1, layers, longest_B1)
             logits_BV = self._logits(model, hidden_B1D)[:, 0]
             token_B, logprobs, counts = sampler.draw(logits_BV, rows["index"] + step, counts)
@@ -119,8 +128,7 @@ class Programs:
             is_active_B &= (step + 1 < rows["room"]) & ~(token_B[:, None] == ends_E).any(-1)
             return step + 1, token_B, is_active_B, kept, counts, drawn
 
-        room = functools.partial(cache.init_recent, rows=rows["past"].shape[0], length=steps)
-        kept = pools if self.reads_pages else self.stages.each(room, (0,))(pools)
+        kept = pools if self.reads_pages else columns
         drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
         drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
         state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, kept, sampler.counts, drawn)
@@ -128,9 +136,9 @@ class Programs:
         step, _, _, kept, _, drawn = state
         if self.reads_pages:
             return drawn, (kept, None)
-        count_B = jnp.where(is_anybodys_B, step, 0)
-        extend = self.stages.each(cache.extend, (0, 0, None, None))
-        return drawn, (self._write(pools, kept, rows, count_B), extend(past, kept, rows["past"], count_B))
+        cut = functools.partial(cache.cut, rows=rows["past"].shape[0], end=end, length=steps)
+        recent = self.stages.each(cut, (0,))(kept)
+        return drawn, (self._write(pools, recent, rows, jnp.where(is_anybodys_B, step, 0)), kept)
 
     def _verify(self, weights, held, rows):
         """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""

@@ -2,7 +2,8 @@
 
 A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values lie
 in pages), then decoded. A step prefills a bounded number of tokens and then decodes every row that is ready, so neither kind
-of work keeps the other waiting. When pages run out the latest request gives up its own and goes back to the front of the queue;
+of work keeps the other waiting; the bound is higher while few rows are ready and many wait, since decoding few costs nearly as
+much as decoding many. When pages run out the latest request gives up its own and goes back to the front of the queue;
 what it had computed stays in the prefix cache as long as there is room.
 """
 
@@ -12,6 +13,9 @@ import typing
 
 from llmos_jax.errors import ConfigError
 from llmos_jax.serve.pages import page_digest
+
+# A step prefills at most so many times `prefill_tokens`, when so many requests wait for each that is ready.
+_MOST_BUDGETS = 4
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -53,7 +57,10 @@ class Request:
 
 
 class Scheduler:
-    """Admits, prefills, decodes and preempts requests; `rows` run at most, `prefill_tokens` are prefilled in a step at most."""
+    """Admits, prefills, decodes and preempts requests; `rows` run at most.
+
+    prefill_tokens: most tokens of a chunk. A step begins chunks until it has given out as many (`begin_step` says when more).
+    """
 
     def __init__(self, pool, rows, prefill_tokens):
         if prefill_tokens < pool.page_size:
@@ -86,27 +93,28 @@ class Scheduler:
 
     def begin_step(self):
         """Starts a step: its budget of prefilled tokens is whole."""
-        self._budget = self.prefill_tokens
+        ready = sum(request.is_ready for request in self.running)
+        waiting = len(self.running) - ready + min(len(self.waiting), self.rows - len(self.running))
+        self._budget = self.prefill_tokens * min(max(waiting // max(ready, 1), 1), _MOST_BUDGETS)
         self._planned.clear()
 
     def next_chunk(self):
-        """Returns (request, start, stop): the tokens to prefill next within the step's budget, or None.
+        """Returns (request, start, stop): the tokens to prefill next, or None when the step's budget is used up.
 
-        Chunks begin on a page's border. Several can be asked for before the first is computed (`advance` says that it was). A
-        request looks for pages that it can share when its turn comes, so it finds what was computed a moment before; while
-        chunks that were given out fill pages that it could share, there is none for it.
+        Chunks begin on a page's border; what fits into one is not cut, and may exceed the budget. Several can be asked for
+        before the first is computed (`advance` says that it was). A request looks for pages that it can share when its turn
+        comes, so it finds what was computed a moment before; while chunks that were given out fill pages that it could share,
+        there is none for it.
         """
+        if self._budget <= 0:
+            return None
         request = next((r for r in self.running if not r.is_ready and r.id not in self._planned), None)
         while request is None:
-            if not self._budget or not self._admit():
+            if not self._admit():
                 return None
             request = None if self.running[-1].is_ready else self.running[-1]
         start, left = request.computed, len(request.tokens) - request.computed
-        size = min(left, self._budget)
-        if size < left:
-            size -= size % self.pool.page_size
-        if size <= 0:
-            return None
+        size = left if left <= self.prefill_tokens else self.prefill_tokens - self.prefill_tokens % self.pool.page_size
         self._budget -= size
         self._extend_digests(request, start + size)
         self._planned[request.id] = set(request.digests[start // self.pool.page_size : (start + size) // self.pool.page_size])

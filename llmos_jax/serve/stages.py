@@ -60,54 +60,62 @@ class Stages:
         """Returns a function of what belongs to a layer, for every stage; in_axes: 0 for that, None for what is everybody's."""
         return function if self.count == 1 else jax.vmap(function, in_axes, spmd_axis_name="pipeline")
 
-    def run(self, stack, layers, entries, read):
+    def run(self, stack, layers, entries, read, is_updated=False):
         """Returns what `Decoder.decode` calls for its layers: `(x, rotations) -> (x, what was written)`.
 
         stack: the model's; layers: of `split`; entries and read: as in `Block.decode`, an entry for each layer of a stage.
+        is_updated: `read` returns the entry itself with something written into it, and takes `is_turn`: whether what is to be
+        written counts (None: it does). Otherwise it returns what is new.
         """
-
         fixed = [kind if isinstance(kind, int) else None for kind in self.kinds]
         by_stage = [None if isinstance(kind, int) else kind for kind in self.kinds]
 
-        def in_order(part, layers, entries, kinds, x_BLD, rotations):
+        def in_order(part, layers, kinds, entries, is_turn, x_BLD, rotations):
+            read_now = read if is_turn is None else functools.partial(read, is_turn=is_turn)
             written = []
             for block, entry, same, differing in zip(stack.bind(layers), entries, fixed[part], kinds, strict=True):
-                x_BLD, new = block.decode(x_BLD, entry, read, rotations, differing if same is None else same)
+                x_BLD, new = block.decode(x_BLD, entry, read_now, rotations, differing if same is None else same)
                 written.append(new)
             return x_BLD, written
 
         if self.count == 1:
-            return lambda x_BLD, rotations: in_order(slice(None), layers, entries, by_stage, x_BLD, rotations)
+            return lambda x_BLD, rotations: in_order(slice(None), layers, by_stage, entries, None, x_BLD, rotations)
 
         def pass_through(x_BLD, rotations):
             written, of_repeat = [], self.layers // self.repeats
             for start in range(0, self.layers, of_repeat):
                 part = slice(start, start + of_repeat)
-                given = (layers[part], entries[part], by_stage[part])
-                one = self.each(functools.partial(in_order, part), (0, 0, 0, 0, None))
-                x_BLD, new = self._pass_once(functools.partial(one, *given), x_BLD, rotations)
+                one = self.each(functools.partial(in_order, part), (0, 0, 0, 0, 0, None))
+                one = functools.partial(one, layers[part], by_stage[part])
+                x_BLD, new = self._pass_once(one, entries[part], is_updated, x_BLD, rotations)
                 written += new
             return x_BLD, written
 
         return pass_through
 
-    def _pass_once(self, in_stages, x_BLD, rotations):
+    def _pass_once(self, in_stages, entries, is_updated, x_BLD, rotations):
         """Returns (x, what was written) after one block of layers of every stage."""
         x_SBLD = jnp.zeros((self.count, *x_BLD.shape), x_BLD.dtype).at[0].set(x_BLD)
-        shapes = jax.eval_shape(in_stages, x_SBLD, rotations)[1]
+        stages_S = jnp.arange(self.count)
 
         def tick(carry, number):
             x_SBLD, written = carry
-            leaving_SBLD, new = in_stages(x_SBLD, rotations)
-            is_its_turn_S = jnp.arange(self.count) == number
-
-            def keep(new, old):
-                kept = jnp.where(is_its_turn_S.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-                return self.placement.constrain(kept, "layers", "heads", None, None, None)
-
+            is_turn_S = stages_S == number
+            if is_updated:
+                leaving_SBLD, written = in_stages(written, is_turn_S, x_SBLD, rotations)
+            else:
+                leaving_SBLD, new = in_stages(entries, None, x_SBLD, rotations)
+                written = jax.tree.map(functools.partial(self._kept, is_turn_S), new, written)
             rolled_SBLD = self.placement.constrain(jnp.roll(leaving_SBLD, 1, axis=0), "layers", None, None, None)
-            return (rolled_SBLD, jax.tree.map(keep, new, written)), None
+            return (rolled_SBLD, written), None
 
-        written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        (x_SBLD, written), _ = lax.scan(tick, (x_SBLD, written), jnp.arange(self.count))
+        written = entries
+        if not is_updated:
+            shapes = jax.eval_shape(in_stages, entries, None, x_SBLD, rotations)[1]
+            written = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (x_SBLD, written), _ = lax.scan(tick, (x_SBLD, written), stages_S)
         return x_SBLD[0], written
+
+    def _kept(self, is_turn_S, new, old):
+        kept = jnp.where(is_turn_S.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        return self.placement.constrain(kept, "layers", "heads", None, None, None)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
@@ -118,13 +119,12 @@ def test_softcap_with_what_it_can_be_with(interpreted_splash):
         attend(query, key, value, softcap=1.5, placement=make_placement(MeshConfig(context=8)))
     automatic = attend(query, key, value, softcap=1.5, placement=ON_GPU)
     np.testing.assert_array_equal(automatic, attend(query, key, value, softcap=1.5, implementation="blocked"))
-    past, recent = ([x.transpose(2, 0, 1, 3)[:, :, rows] for x in (key, value)] for rows in (slice(0, 40), slice(40, None)))
-    early = past[0].swapaxes(2, 3), past[1]
+    early, late = (in_columns(key[:, rows], value[:, rows]) for rows in (slice(0, 40), slice(40, None)))
     capped = jax.jit(functools.partial(attend_cached, softcap=1.5, window=9))
     cached = jnp.concatenate(
         [
-            capped(query[:, :40], None, past, None, 0),
-            capped(query[:, 40:], early, recent, jnp.full(len(query), 40), 0),
+            capped(query[:, :40], [early], None, 0),
+            capped(query[:, 40:], [early, late], jnp.zeros(len(query), jnp.int32), 40),
         ],
         1,
     )
@@ -223,7 +223,7 @@ def test_combinations_that_no_kernel_takes_are_refused():
     with pytest.raises(ConfigError, match="'flash' is not one of auto, reference"):
         attend(query, key, value, implementation="flash")
     with pytest.raises(ConfigError, match="do not fit keys"):
-        attend_cached(query, None, (key, value), None, 0)
+        attend_cached(query, [in_columns(key, value[:, :5])], None, 0)
 
 
 @pytest.mark.parametrize(
@@ -292,31 +292,40 @@ def naive_row(query_LHK, key_MGK, value_MGK, start, window):
     return output
 
 
-@pytest.mark.parametrize("length", [1, 5])
+def in_columns(key_BMGK, value_BMGK):
+    """Returns what `attend_cached` takes of keys and values, their positions as columns."""
+    key, value = (x.transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (key_BMGK, value_BMGK))
+    return key.swapaxes(1, 2), value
+
+
+@pytest.mark.parametrize("has_avx512", [False, True])
+@pytest.mark.parametrize("length, parts", [(1, 1), (5, 1), (5, 2)])
 @pytest.mark.parametrize("repeats, window", [(1, None), (2, None), (2, 6)])
-def test_cached_is_the_definition(repeats, window, length):
-    """Rows with pasts of several lengths, one with none; new tokens from the third recent one on."""
-    query, key, value, _ = inputs(40, repeats, batch=3)
-    past_B, start, room = np.array([0, 11, 31]), 2, 9
-    head_first = [np.asarray(x).transpose(2, 0, 1, 3) for x in (key, value)]
-    past = [x[:, :, :32] * (np.arange(32) < past_B[:, None])[None, :, :, None] for x in head_first]
-    recent = [np.stack([x[:, b, past_B[b] : past_B[b] + room] for b in range(3)], 1) for x in head_first]
-    new, past = query[:, :length], (past[0].swapaxes(2, 3), past[1])
-    actual = jax.jit(functools.partial(attend_cached, window=window))(new, past, recent, past_B, start)
-    for b in range(3):
-        expected = naive_row(*(np.asarray(x[b]) for x in (new, key, value)), past_B[b] + start, window or 40)
-        np.testing.assert_allclose(actual[b], expected, atol=1e-5)
+def test_cached_is_the_definition(repeats, window, length, parts, has_avx512, monkeypatch):
+    """Rows of several lengths that end in the same column, one of them with new tokens only; behind them is something else."""
+    monkeypatch.setattr(host, "has_avx512", lambda: has_avx512)
+    query, key, value, _ = (np.array(x) for x in inputs(40, repeats, batch=3))
+    past_B, end = np.array([0, 11, 31]), 33
+    for b, past in enumerate(past_B):
+        for x in (key, value):
+            x[b] = np.roll(x[b], end - past, axis=0)
+    cached = in_columns(key, value)
+    if parts == 2:
+        cached = [(cached[0][..., part], cached[1][:, part]) for part in (slice(0, end), slice(end, None))]
+    given = (query[:, :length], cached if parts == 2 else [cached], end - past_B, end)
+    actual = jax.jit(functools.partial(attend_cached, window=window))(*given)
+    for b, past in enumerate(past_B):
+        of_row = (query[b, :length], key[b, end - past :], value[b, end - past :])
+        np.testing.assert_allclose(actual[b], naive_row(*of_row, past, window or 40), atol=1e-5)
 
 
 def test_a_long_chunk_is_attended_to_in_pieces():
     query, key, value, _ = inputs(530, groups=1)
-    recent = [x.transpose(2, 0, 1, 3) for x in (key, value)]
     expected = run("reference", (query, key, value, query))[0]
-    actual = jax.jit(lambda *x: attend_cached(*x, None, 0))(query, None, recent)
+    actual = jax.jit(lambda q, c: attend_cached(q, [c], None, 0))(query, in_columns(key, value))
     np.testing.assert_allclose(actual, expected, atol=1e-5)
-    past, late = ([x[:, :, rows] for x in recent] for rows in (slice(0, 10), slice(10, None)))
-    past = past[0].swapaxes(2, 3), past[1]
-    actual = jax.jit(attend_cached)(query[:, 10:], past, late, jnp.full(2, 10), 0)
+    parts = [in_columns(key[:, rows], value[:, rows]) for rows in (slice(0, 10), slice(10, None))]
+    actual = jax.jit(attend_cached)(query[:, 10:], parts, jnp.zeros(2, jnp.int32), 10)
     np.testing.assert_allclose(actual, expected[:, 10:], atol=1e-5)
 
 

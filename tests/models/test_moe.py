@@ -304,10 +304,10 @@ def test_decoding_is_dropless_whatever_training_was():
     @jax.jit
     def step(tokens, cache, start):
         at = start + jnp.tile(jnp.arange(tokens.shape[1]), (2, 1))
-        entries = [(None, recent) for recent in cache]
-        return model.decode(tokens, at, stages.run(model.stack, layers, entries, read_step(None, start)))
+        read = read_step(jnp.zeros(2, jnp.int32), start)
+        return model.decode(tokens, at, stages.run(model.stack, layers, cache, read, is_updated=True))
 
-    room = (jnp.zeros((4, 2, 12, 8)), jnp.zeros((4, 2, 12, 8)))
+    room = (jnp.zeros((4 * 2, 8, 12)), jnp.zeros((4 * 2, 12, 8)))
     cache, hidden = [room] * SPARSE.layers, []
     for start, stop in ((0, 5), *((at, at + 1) for at in range(5, 12))):
         part, cache = step(tokens[:, start:stop], cache, start)

@@ -149,12 +149,11 @@ def test_no_program_copies_the_cache(made):
         text = program.as_text()
         assert f"[{shape}]" in text and not re.search(rf"f32\[{shape}\]\S* copy\(", text), kind
         if kind == "decode":
-            past = [
-                rf"{groups},\d+,{lengths}" for lengths in (f"{size},{engine.config.context}", f"{engine.config.context},{size}")
-            ]
-            assert all(re.search(rf"\[{one}\]", text) and not re.search(rf"f32\[{one}\]\S* copy\(", text) for one in past)
+            columns = engine._column_ladder[-1]
+            lie = [rf"\d+,{lengths}" for lengths in (f"{size},{columns}", f"{columns},{size}")]
+            assert all(re.search(rf"\[{one}\]", text) and not re.search(rf"f32\[{one}\]\S* copy\(", text) for one in lie)
         kinds[kind] += 1
-    assert kinds.keys() == {"prefill", "gather", "decode", "verify"}
+    assert kinds.keys() == {"prefill", "columns", "gather", "decode", "verify"}
 
 
 def test_sizes_of_programs():
@@ -240,7 +239,8 @@ def test_programs_are_warm_after_warm_up(made, expected):
     loop = [11, 12, 13, 14] * 8
     engine.generate([loop], dataclasses.replace(GREEDY, logit_bias={str(token): 1000.0 for token in loop[:1]}))
     assert engine.counts["accepted_tokens"] > accepted  # the biased row repeats itself, and its history says so
-    assert engine.programs.count == count == 3 * 3 + 2  # gather, decode and verify 1, 2 and 3 rows; two lengths of prefill
+    # Columns, gather, decode and verify for 1, 2 and 4 rows; prefill with a past and without.
+    assert engine.programs.count == count == 4 * 3 + 2
 
 
 def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
@@ -250,7 +250,7 @@ def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
     counts = engine.counts - before
     # Only a pass over drafts computes tokens that the past does not get.
     assert counts["decode"] > 1 + counts["verify"] >= counts["gather"] > 0
-    assert engine._past is None  # what is nobody's takes no memory
+    assert engine._columns is None  # what is nobody's takes no memory
 
 
 def test_an_interrupt_while_a_step_waits_loses_nothing(made, monkeypatch):

@@ -101,6 +101,9 @@ class Machine:
 
     def step(self, steps):
         scheduler, prefilled = self.scheduler, 0
+        ready = sum(request.is_ready for request in scheduler.running)
+        waiting = len(scheduler.waiting) + len(scheduler.running) - ready
+        budgets = min(max(waiting // max(ready, 1), 1), 4)
         scheduler.begin_step()
         while chunks := self.next_chunks():
             for request, start, stop in chunks:
@@ -113,7 +116,7 @@ class Machine:
                 new = [self.next_token(request.tokens)] if stop == len(request.tokens) else []
                 scheduler.advance(request, stop, new)
                 self.end(request)
-        assert prefilled <= scheduler.prefill_tokens
+        assert prefilled < (budgets + 1) * scheduler.prefill_tokens
         rows = scheduler.decodable(steps)
         assert len(scheduler.running) <= scheduler.rows
         for request in rows:
@@ -200,6 +203,21 @@ def test_prefill_does_not_keep_decoding_waiting():
     for _ in range(5):
         machine.step(1)
     assert short.generated == before + 5 and machine.scheduler.find(1).computed == 40
+
+
+def test_more_is_prefilled_while_many_wait_for_few():
+    """Four budgets while one row is ready and seven wait; one as soon as no more wait than are ready."""
+    machine = Machine(pages=80, page_size=4, rows=8, prefill_tokens=8)
+    machine.next_token = lambda tokens: 1
+    machine.scheduler.submit(Request(0, [1, 2], limit=30))
+    machine.step(1)
+    for index in range(1, 8):
+        machine.scheduler.submit(Request(index, [index] * 8, limit=30))
+    ready = []
+    for _ in range(4):
+        machine.step(1)
+        ready.append(sum(request.is_ready for request in machine.scheduler.running))
+    assert ready == [5, 6, 7, 8]
 
 
 def test_who_could_share_what_is_being_computed_waits_for_it():
