@@ -20,7 +20,7 @@ class Faults:
     kill (SIGKILL), sigterm (SIGTERM), freeze (SIGSTOP), stuck (sleeps for ever) and error (an OSError) strike process `pN`:
     `stepN` before it dispatches the step, `saveN` as soon as the step's unfinished checkpoint is seen, `endN` before the last
     evaluation of a run that ends at the step. Each strikes once per run directory: a marker file tells the process that is
-    started next.
+    started next. After a SIGTERM two seconds pass: the runtime looks for it once a second, and small runs would end before.
     """
 
     def __init__(self, directory, process, text=None):
@@ -62,3 +62,4 @@ class Faults:
                 time.sleep(60)
         number = {"kill": signal.SIGKILL, "sigterm": signal.SIGTERM, "freeze": signal.SIGSTOP}[kind]
         os.kill(os.getpid(), number)
+        time.sleep(2)

@@ -164,7 +164,7 @@ def test_sharded_equals_one_device(mesh, config):
         loss = jax.jit(jax.value_and_grad(lambda p, b, handle=handle: handle.merge(p).loss(b)[0]))
         found.append(jax.tree.map(np.asarray, loss(params, laid)))
     assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5 * max(np.abs(b).max(), 1e-3)), *found[::-1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5 * max(np.abs(b).max(), 1e-3)), *found[::-1])
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,9 @@ def test_the_supervisor_passes_a_signal_on(chaos):
 def test_whoever_is_killed_the_other_leaves_at_once(attempt, killed, chaos):
     """Rows R2 and R3: exit code 75, with a line that says why."""
     done = chaos[2]
-    (first, first_code, _), (second, second_code, seconds) = done.ends[2 * attempt : 2 * attempt + 2]
-    assert (first, first_code) == (killed, -signal.SIGKILL) and (second, second_code) == (1 - killed, 75)
-    assert seconds < 5  # 0.1 s on a quiet machine; tests share theirs
+    ends = done.ends[2 * attempt : 2 * attempt + 2]
+    assert {process: code for process, code, _ in ends} == {killed: -signal.SIGKILL, 1 - killed: 75}
+    assert max(seconds for _, _, seconds in ends) < 5  # 0.1 s on a quiet machine; tests share theirs
     assert "PeerLost: another process of this run is gone" in done.text
 
 
@@ -97,8 +97,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(chaos):
 
 def was_noticed(frozen, ends, text, directory):
     """Asserts row R8 of the attempt that ended so: the other's watchdog named the frozen process, the supervisor ended it."""
-    (first, first_code, _), (second, second_code, _) = ends
-    assert (first, first_code) == (1 - frozen, 75) and (second, second_code) == (frozen, -signal.SIGKILL)
+    assert {process: code for process, code, _ in ends} == {1 - frozen: 75, frozen: -signal.SIGKILL}
     words = (
         r"PeerLost: process 1 \(host .*, pid \d+, in phase \w+.*\) has been silent for 1\d"
         if frozen
@@ -126,8 +125,8 @@ def test_an_error_of_one_process_at_the_end_costs_no_step(chaos):
     """It fails before the last evaluation, which the other waits in: both leave at once, and what was trained is saved."""
     done = chaos[2]
     assert "OSError: a fault on purpose" in done.text and restored(chaos)[5] == STEPS
-    (first, first_code, _), (second, second_code, seconds) = done.ends[8:10]
-    assert (first, second, second_code) == (1, 0, 75) and first_code not in (0, 75) and seconds < 60
+    codes = {process: code for process, code, _ in done.ends[8:10]}
+    assert codes[0] == 75 and codes[1] not in (0, 75) and max(seconds for _, _, seconds in done.ends[8:10]) < 60
 
 
 @pytest.mark.slow
@@ -155,7 +154,8 @@ def test_a_stuck_process_is_named(uninterrupted, tmp_path):
 
 def test_what_fails_at_once_is_tried_again(tmp_path):
     """Row R14: the last error is told (tests/test_launchers.py counts to four); wrong settings are not tried again."""
-    done = launch(tmp_path, processes=1, watchdog__compile_seconds=0.001, options=["--pause=0.2", "--restarts=1"])
+    often = {"watchdog__compile_seconds": 0.001, "distributed__heartbeat_seconds": 1}  # looked at ten times a second
+    done = launch(tmp_path, processes=1, options=["--pause=0.2", "--restarts=1"], **often)
     assert done.code == 75 and len(done.ends) == 2 and "starting again in 0.2 s" in done.text, done.text
     assert re.search(r"given up after 1 restarts without a new step: process 0: Stuck: .* in phase compile", done.text)
     done = launch(tmp_path, processes=2, optim__learning_rate=-1)

@@ -114,7 +114,12 @@ def test_accumulation_equals_the_large_batch(microbatches):
     key = jax.random.key(0)
     large = jax.jit(lambda p, b: step.accumulate(gradient, p, b, key, 1, whole.handle))(whole.state.params, batch)
     small = jax.jit(lambda p, b: step.accumulate(gradient, p, b, key, microbatches, whole.handle))(pieces.state.params, batch)
-    assert_close(small, large, 1e-6)
+
+    def close(x, y):  # in norm: one element of 100,000 may round to as much, whichever way it is summed
+        assert np.linalg.norm(x - y) <= 1e-6 * np.linalg.norm(y)
+
+    jax.tree.map(close, small, large)
+    assert_close(small, large, 2e-6)
 
 
 def test_accumulated_training_follows_the_large_batch(single):
