@@ -290,13 +290,13 @@ class Decoder(nnx.Module):
         """Returns the logits [B, L, V] of hidden states, float32."""
         return head.capped(unembed(hidden_BLD, self.head_weight, self.placement), self.logits_softcap)
 
-    def decode(self, tokens_BL, positions_BL, layers, longest_BL=None):
-        """Returns (hidden [B, L, D], written): L new tokens of every row, at these positions.
+    def decode(self, tokens_BL, positions_BL, rotations, layers):
+        """Returns (hidden [B, L, D], written): L new tokens of every row, at these positions with these `rotations`.
 
         `layers(x, rotations)` returns (x after all layers, what these wrote), by the blocks' `decode`: so the model need not
-        know where its layers lie (`serve/stages.py`). longest_BL: see `rope.rotation`.
+        know where its layers lie (`serve/stages.py`).
         """
-        x_BLD, written = layers(self.embed(tokens_BL, positions_BL), self.rotations(positions_BL, longest_BL))
+        x_BLD, written = layers(self.embed(tokens_BL, positions_BL), rotations)
         return self.norm(x_BLD), written
 
 

@@ -7,7 +7,6 @@ shared pages, preemption and drafts change only when it comes. Decisions use no 
 
 import collections
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
@@ -117,7 +116,9 @@ class Engine:
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
         # A CPU computes padding as slowly as tokens; behind a past there are programs for each length of it, and fewer chunks.
         is_cpu = handle.placement.platform == "cpu"
-        self._whole_ladder = _with_halfway(self._chunk_ladder, size) if is_cpu else self._chunk_ladder
+        self._whole_ladder = self._chunk_ladder
+        if is_cpu:
+            self._whole_ladder = [pages * size for pages in _fine_ladder(self.pool.pages_for(_LEAST_CHUNK), chunk)]
         self._next_id, self._weights, self._pools, self._columns, self._cancelled = 0, None, None, None, []
         self._seats = Seats()
         self.load(params)
@@ -417,11 +418,6 @@ def _ladder(least, most, factor):
     while sizes[-1] < most:
         sizes.append(min(sizes[-1] * factor, most))
     return sizes
-
-
-def _with_halfway(sizes, unit):
-    """Returns rising sizes with one more between each two, in whole units."""
-    return sorted({*sizes, *((low + high) // (2 * unit) * unit for low, high in itertools.pairwise(sizes))})
 
 
 def _row_ladder(most):

@@ -99,7 +99,7 @@ class Programs:
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
-        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, layers, longest_BL)
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, model.rotations(positions_BL, longest_BL), layers)
         last_B1D = jnp.take_along_axis(hidden_BLD, rows["count"][:, None, None] - 1, 1)
         sampler = self._sampler(model, rows)
         token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
@@ -113,27 +113,31 @@ class Programs:
         sampler, (pools, columns), end = self._sampler(model, rows), held, rows["end"][0]
 
         def advance(state):
-            step, token_B, is_active_B, kept, counts, drawn = state
-            positions_B1, longest_B1 = self._positions(rows, step, 1)
+            step, token_B, is_active_B, (positions_B1, rotations), kept, counts, drawn = state
             if self.reads_pages:
                 given = (rows["table"], rows["past"], step, is_anybodys_B, self.page_size)
                 read = cache.read_pages(*given, self.placement)
             else:
                 read = cache.read_step(end - rows["past"], end + step)
             layers = self.stages.run(model.stack, weights[1], kept, read, is_updated=True)
-            hidden_B1D, kept = model.decode(token_B[:, None], positions_B1, layers, longest_B1)
+            hidden_B1D, kept = model.decode(token_B[:, None], positions_B1, rotations, layers)
             logits_BV = self._logits(model, hidden_B1D)[:, 0]
             token_B, logprobs, counts = sampler.draw(logits_BV, rows["index"] + step, counts)
             drawn = jax.tree.map(lambda old, new: old.at[step].set(new), drawn, (token_B, logprobs))
             is_active_B &= (step + 1 < rows["room"]) & ~(token_B[:, None] == ends_E).any(-1)
-            return step + 1, token_B, is_active_B, kept, counts, drawn
+            return step + 1, token_B, is_active_B, places(step + 1), kept, counts, drawn
+
+        def places(step):
+            # Carried, since XLA:CPU would compute sines and cosines in every layer that uses them.
+            positions_B1, longest_B1 = self._positions(rows, step, 1)
+            return positions_B1, model.rotations(positions_B1, longest_B1)
 
         kept = pools if self.reads_pages else columns
         drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
         drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
-        state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, kept, sampler.counts, drawn)
+        state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, places(0), kept, sampler.counts, drawn)
         state = lax.while_loop(lambda state: (state[0] < steps) & state[2].any(), advance, state)
-        step, _, _, kept, _, drawn = state
+        step, _, _, _, kept, _, drawn = state
         if self.reads_pages:
             return drawn, (kept, None)
         cut = functools.partial(cache.cut, rows=rows["past"].shape[0], end=end, length=steps)
@@ -147,7 +151,7 @@ class Programs:
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
-        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, layers, longest_BL)
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, model.rotations(positions_BL, longest_BL), layers)
         logits_BLV, sampler = self._logits(model, hidden_BLD), self._sampler(model, rows)
 
         def draw(counts, of_step):

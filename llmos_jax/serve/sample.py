@@ -118,7 +118,7 @@ class Sampler:
         shaped_BV = lax.cond(self.is_penalised, _penalise, lambda logits, *_: logits, logits_BV, counts, arrays)
         has_bias = jnp.any(arrays["bias"] != 0)
         shaped_BV = lax.cond(has_bias, _add_bias, lambda logits, *_: logits, shaped_BV, arrays)
-        greedy_B = jnp.argmax(shaped_BV, -1).astype(jnp.int32)
+        greedy_B = _first_largest(shaped_BV)
         is_random_B = arrays["temperature"] > 0
         keys_B = jax.vmap(jax.random.fold_in)(self.keys_B, index_B)
         drawn_B = lax.cond(jnp.any(is_random_B), _draw, lambda *_: greedy_B, shaped_BV, keys_B, arrays)
@@ -161,6 +161,13 @@ def threshold(logits_BV, top_k_B, top_p_B):
     kept_B1 = jnp.maximum(kth_B1, jnp.where(needs_p_B1, nucleus_B1, lowest_B1))
     kept_B1 = jnp.minimum(kept_B1, ordered_BV.max(-1, keepdims=True))
     return jnp.where(ordered_BV >= kept_B1, logits_BV, jnp.inf).min(-1, keepdims=True)
+
+
+def _first_largest(logits_BV):
+    """Returns argmax, as two reductions that XLA:CPU makes of vectors; the last token where none is finite or infinite."""
+    tokens = logits_BV.shape[-1]
+    is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
+    return jnp.where(is_largest_BV, jnp.arange(tokens, dtype=jnp.int32), tokens - 1).min(-1)
 
 
 _LOWEST = np.iinfo(np.int32).min

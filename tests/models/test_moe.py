@@ -305,7 +305,7 @@ def test_decoding_is_dropless_whatever_training_was():
     def step(tokens, cache, start):
         at = start + jnp.tile(jnp.arange(tokens.shape[1]), (2, 1))
         read = read_step(jnp.zeros(2, jnp.int32), start)
-        return model.decode(tokens, at, stages.run(model.stack, layers, cache, read, is_updated=True))
+        return model.decode(tokens, at, None, stages.run(model.stack, layers, cache, read, is_updated=True))
 
     room = (jnp.zeros((4 * 2, 8, 12)), jnp.zeros((4 * 2, 12, 8)))
     cache, hidden = [room] * SPARSE.layers, []
