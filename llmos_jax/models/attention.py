@@ -73,17 +73,19 @@ def attend(
 def attend_cached(query_BLHK, cached, start_B, end, *, window=None, scale=None, softcap=None):
     """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
-    cached: [(key [G x B, K, M], value [G x B, M, K]), ...], parts of one line of columns, all of it finite. Row b begins in
-    column start_B[b] (None: every one in the first); the queries stand in columns end .. end + L - 1 and see their row up to
-    their own column, the latest `window` if given. Memory: float32 scores of at most 512 tokens at a time.
+    cached: [(key [G x B, C, K, M / C], value [G x B, M, K]), ...], parts of one line of columns, all of it finite; keys lie in
+    C blocks of columns. Row b begins in column start_B[b] (None: every one in the first); the queries stand in columns
+    end .. end + L - 1 and see their row up to their own column, the latest `window` if given. Memory: float32 scores of at
+    most 512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
     pairs = len(cached[0][0])
     for key, value in cached:
-        if key.swapaxes(1, 2).shape != value.shape or len(key) != pairs or key.shape[1] != size or batch * heads % pairs:
+        blocks, width = key.shape[1], key.shape[3]
+        if key.shape != (pairs, blocks, size, width) or value.shape != (pairs, blocks * width, size) or batch * heads % pairs:
             raise ConfigError(
                 f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key.shape} and values "
-                f"{value.shape}; expected [G x B, K, M] and [G x B, M, K] with H a multiple of G."
+                f"{value.shape}; expected [G x B, C, K, M / C] and [G x B, M, K] with H a multiple of G."
             )
     scale = 1 / np.sqrt(size) if scale is None else scale
     query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, pairs // batch, -1, size)
@@ -359,13 +361,22 @@ def _attend_part(query_GBRLK, parts, seen_BLM, softcap):
     return lax.platform_dependent(query_GBRLK, parts, seen_BLM, cpu=one_by_one, default=whole)
 
 
+def _scores(query_NRLK, key_NCKM):
+    """Returns the scores [N, R, L, C x M], float32, of queries and blocks of keys."""
+    pairs, repeats, length, size = query_NRLK.shape
+    blocks, width = key_NCKM.shape[1], key_NCKM.shape[3]
+    query_NCRK = jnp.broadcast_to(query_NRLK.reshape(pairs, 1, -1, size), (pairs, blocks, repeats * length, size))
+    scores_NCRM = jnp.einsum("NCRK,NCKM->NCRM", query_NCRK, key_NCKM, preferred_element_type=jnp.float32)
+    return scores_NCRM.swapaxes(1, 2).reshape(pairs, repeats, length, blocks * width)
+
+
 def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):
     """Returns attention [G, B, R, L, K] in float32, with full scores."""
     groups, batch, *rest = query_GBRLK.shape
     query_NRLK = query_GBRLK.reshape(groups * batch, *rest)
     sizes = [value.shape[1] for _, value in parts]
     wide = dict(preferred_element_type=jnp.float32)
-    scores = [jnp.einsum("NRLK,NKM->NRLM", query_NRLK, key, **wide) for key, _ in parts]
+    scores = [_scores(query_NRLK, key) for key, _ in parts]
     scores = _capped(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], softcap)
     scores_GBRLM = scores.reshape(groups, batch, *scores.shape[1:])
     weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores_GBRLM, HIDDEN)).astype(parts[0][1].dtype)

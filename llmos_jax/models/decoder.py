@@ -181,16 +181,19 @@ class Block(nnx.Module):
         mixed_BLD = mixed_BLD if norm is None else norm(mixed_BLD)
         return residual(self.placement, x_BLD + dropout(mixed_BLD, self.dropout, key))
 
-    def decode(self, x_BLD, cache, read, rotations, kind=0):
+    def decode(self, x_BLD, cache, read, rotations, kind=0, only_B=None):
         """Returns (x, written) for L new tokens of every row, whose layer's `cache` is what `read` reads.
 
         `read(cache, query [B, L, H, K], key, value [B, L, G, K], window=, scale=, softcap=)` returns (attention [B, L, H, K] of
         the new tokens to all that they see, what has to be kept of them): so a block need not know how keys and values are
         stored. Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token
-        that is generated can't know.
+        that is generated can't know. only_B: the one token of each row whose x is wanted, [B, 1, D]; keys and values are kept
+        of all.
         """
         projected = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
         mixed, written = self.attention.cached(cache, *projected, read, kind)
+        if only_B is not None:
+            x_BLD, mixed = (token_of_row(z, only_B) for z in (x_BLD, mixed))
         x_BLD = self._add(x_BLD, self.attention.output(mixed), self.attention_post_norm, None)
         h_BLD = self.mlp_norm(x_BLD)
         mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self.transform(h_BLD)
@@ -298,6 +301,11 @@ class Decoder(nnx.Module):
         """
         x_BLD, written = layers(self.embed(tokens_BL, positions_BL), rotations)
         return self.norm(x_BLD), written
+
+
+def token_of_row(x_BL, index_B):
+    """Returns [B, 1, ...]: of each row the token with this index."""
+    return jnp.take_along_axis(x_BL, index_B.reshape(-1, *[1] * (x_BL.ndim - 1)), 1)
 
 
 def check_shards(placement, **sizes):

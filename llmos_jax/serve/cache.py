@@ -40,12 +40,12 @@ def page_bytes(family, config, page_size, dtype):
     return 2 * layers * groups * length * size * jnp.dtype(dtype).itemsize
 
 
-def gather(pools, table_BP, past_B, end):
-    """Returns the past of rows, (keys [G x B, K, M], values [G x B, M, K]) of each layer, with M = P x page_size columns.
+def gather(pools, table_BP, past_B, end, blocks=1):
+    """Returns the past of rows, (keys [G x B, C, K, M / C], values [G x B, M, K]) of each layer; M = P x page_size columns.
 
     table_BP: the pages of each row, whose past_B[b] tokens are to end before column `end`. Other columns are zero: what earlier
-    owners left in a page never matters, not even if it is not finite. Keys lie as the product with queries reads them: a
-    decoding loop would turn them around in every step, and would copy groups and rows that are two dimensions.
+    owners left in a page never matters, not even if it is not finite. Keys lie in C `blocks`, as the product with queries
+    reads them: a decoding loop would turn them around in every step, and would copy groups and rows that are two dimensions.
     """
     page_size, pages = pools[0][0].shape[2], table_BP.shape[1]
     token_BM = jnp.arange(pages * page_size) - (end - past_B)[:, None]
@@ -56,26 +56,31 @@ def gather(pools, table_BP, past_B, end):
         read_GBMK = jnp.where(is_there_BM[None, :, :, None], pool_GPSK[:, page_BM, token_BM % page_size], 0)
         return _pairs(read_GBMK)
 
-    return [(read(key).swapaxes(1, 2), read(value)) for key, value in pools]
+    return [(_in_blocks(read(key), blocks), read(value)) for key, value in pools]
 
 
-def init_columns(pools, rows, pages):
+def _in_blocks(key_NMK, blocks):
+    pairs, columns, size = key_NMK.shape
+    return key_NMK.reshape(pairs, blocks, columns // blocks, size).swapaxes(2, 3)
+
+
+def init_columns(pools, rows, pages, blocks=1):
     """Returns zeroed columns as `gather` fills them, of `pages` pages for each row."""
 
     def make(pool):
         groups, _, page_size, size = pool.shape
         return jnp.zeros((groups * rows, pages * page_size, size), pool.dtype)
 
-    return [(make(key).swapaxes(1, 2), make(value)) for key, value in pools]
+    return [(_in_blocks(make(key), blocks), make(value)) for key, value in pools]
 
 
 def gather_some(pools, columns, table_BP, past_B, end, row_B, count):
     """Returns the columns with the first `count` of these rows gathered anew."""
-    groups, rows = pools[0][0].shape[0], table_BP.shape[0]
+    groups, rows, blocks = pools[0][0].shape[0], table_BP.shape[0], columns[0][0].shape[1]
 
     def fill(index, columns):
         row = row_B[index]
-        new = gather(pools, *(lax.dynamic_slice_in_dim(x, row, 1) for x in (table_BP, past_B)), end)
+        new = gather(pools, *(lax.dynamic_slice_in_dim(x, row, 1) for x in (table_BP, past_B)), end, blocks)
         return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new[:, None], row, 1), columns, new)
 
     columns = jax.tree.map(lambda x: x.reshape(groups, rows, *x.shape[1:]), columns)
@@ -85,12 +90,16 @@ def gather_some(pools, columns, table_BP, past_B, end, row_B, count):
 def cut(columns, rows, end, length):
     """Returns the keys and values [G, B, length, K] of each layer from column `end` on."""
 
+    def key_at(key_NCKM, column):
+        pairs, _, size, width = key_NCKM.shape
+        return lax.dynamic_slice(key_NCKM, (0, column // width, 0, column % width), (pairs, 1, size, 1))[..., 0]
+
     def recent(x_NMK):
         return x_NMK.reshape(-1, rows, *x_NMK.shape[1:])
 
     return [
         (
-            recent(lax.dynamic_slice_in_dim(key, end, length, 2).swapaxes(1, 2)),
+            recent(jnp.concatenate([key_at(key, end + step) for step in range(length)], 1)),
             recent(lax.dynamic_slice_in_dim(value, end, length, 1)),
         )
         for key, value in columns
@@ -129,25 +138,27 @@ def _finite(new):
 
 
 def read_step(start_B, column):
-    """Returns the `read` of `Block.decode` for columns, which writes new tokens into them from `column` on.
+    """Returns the `read` of `Block.decode` for columns, which writes a new token of each row into this one.
 
     is_turn: what is to be written counts (`Stages.run`).
     """
 
     def read(columns, query_BLHK, key_BLGK, value_BLGK, is_turn=None, **mask):
-        key_NKM, value_NMK = columns
-        new_NKL = _finite(key_BLGK.astype(key_NKM.dtype)).transpose(2, 0, 3, 1).reshape(*key_NKM.shape[:2], -1)
-        new_NLK = _pairs(_finite(value_BLGK.astype(value_NMK.dtype)).transpose(2, 0, 1, 3))
-        columns = _written(key_NKM, new_NKL, column, 2, is_turn), _written(value_NMK, new_NLK, column, 1, is_turn)
+        key_NCKM, value_NMK = columns
+        pairs, _, size, width = key_NCKM.shape
+        new_N1K1 = _finite(key_BLGK[:, 0].astype(key_NCKM.dtype)).swapaxes(0, 1).reshape(pairs, 1, size, 1)
+        key_NCKM = _written(key_NCKM, new_N1K1, (0, column // width, 0, column % width), is_turn)
+        new_N1K = _finite(value_BLGK[:, 0].astype(value_NMK.dtype)).swapaxes(0, 1).reshape(pairs, 1, size)
+        columns = key_NCKM, _written(value_NMK, new_N1K, (0, column, 0), is_turn)
         return attend_cached(query_BLHK, [columns], start_B, column, **mask), columns
 
     return read
 
 
-def _written(old, new, column, axis, is_turn):
+def _written(old, new, place, is_turn):
     if is_turn is not None:
-        new = jnp.where(is_turn, new, lax.dynamic_slice_in_dim(old, column, new.shape[axis], axis))
-    return lax.dynamic_update_slice_in_dim(old, new, column, axis)
+        new = jnp.where(is_turn, new, lax.dynamic_slice(old, place, new.shape))
+    return lax.dynamic_update_slice(old, new, place)
 
 
 def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
@@ -179,7 +190,7 @@ def read_chunk(past_B, dtype, placement):
         recent = tuple(x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
         if past is None and placement.axis_size("length") == 1:
             return attend(query_BLHK, key_BLGK, value_BLGK, placement=placement, **mask), recent
-        own = [(_pairs(recent[0]).swapaxes(1, 2), _pairs(recent[1]))]
+        own = [(_in_blocks(_pairs(recent[0]), 1), _pairs(recent[1]))]
         if past is None:
             return attend_cached(query_BLHK, own, None, 0, **mask), recent
         end = past[1].shape[1]

@@ -109,7 +109,7 @@ class Engine:
         # A kernel reads what a row has; what is gathered is read whole, and holds what is drawn beyond the context, too.
         ladder = self._page_ladder
         if not self.programs.reads_pages:
-            beyond = self.pool.pages_for(config.context + self.settings.decode_steps)
+            beyond = self.pool.pages_for(-(-(config.context + self.settings.decode_steps) // 64) * 64)
             ladder = [*_fine_ladder(self._page_ladder[0], whole)[:-1], beyond]
         self._column_ladder = [pages * size for pages in ladder]
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
@@ -179,6 +179,8 @@ class Engine:
         """Computes what is next and returns the Events; [] when there is nothing to do."""
         events, self._cancelled = self._cancelled, []
         self._prefill_chunks(events)
+        if not self.scheduler.is_decoding_due():
+            return events
         rows = self.scheduler.decodable(max(self.settings.decode_steps, self.settings.draft_tokens + 1))
         if rows:
             drafts = self._drafts(rows)

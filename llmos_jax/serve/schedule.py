@@ -1,10 +1,10 @@
 """Which requests run, on which pages, and what is computed next. Pure Python: decisions depend on what was submitted only.
 
 A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values lie
-in pages), then decoded. A step prefills a bounded number of tokens and then decodes every row that is ready, so neither kind
-of work keeps the other waiting; the bound is higher while few rows are ready and many wait, since decoding few costs nearly as
-much as decoding many. When pages run out the latest request gives up its own and goes back to the front of the queue;
-what it had computed stays in the prefix cache as long as there is room.
+in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready, so neither kind of
+work keeps the other waiting. While few are ready and many wait, some steps only prefill: decoding few costs nearly as much as
+decoding many. When pages run out the latest request gives up its own and goes back to the front of the queue; what it had
+computed stays in the prefix cache as long as there is room.
 """
 
 import collections
@@ -14,8 +14,9 @@ import typing
 from llmos_jax.errors import ConfigError
 from llmos_jax.serve.pages import page_digest
 
-# A step prefills at most so many times `prefill_tokens`, when so many requests wait for each that is ready.
-_MOST_BUDGETS = 4
+# Rows that are ready are decoded in every such step at least, and the sooner the fewer wait for each of them: after so many
+# steps when one does.
+_MOST_STEPS, _STEPS_FOR_ONE = 8, 4
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -59,7 +60,7 @@ class Request:
 class Scheduler:
     """Admits, prefills, decodes and preempts requests; `rows` run at most.
 
-    prefill_tokens: most tokens of a chunk. A step begins chunks until it has given out as many (`begin_step` says when more).
+    prefill_tokens: most tokens of a chunk. A step begins chunks until it has given out as many.
     """
 
     def __init__(self, pool, rows, prefill_tokens):
@@ -67,7 +68,7 @@ class Scheduler:
             raise ConfigError(f"prefill_tokens={prefill_tokens} is less than a page of {pool.page_size} tokens.")
         self.pool, self.rows, self.prefill_tokens = pool, rows, prefill_tokens
         self.waiting, self.running = collections.deque(), []
-        self._requests, self._budget = {}, 0
+        self._requests, self._budget, self._steps = {}, 0, 0  # the last: since rows were decoded
         self._planned = {}  # id of a request whose chunk was given out -> digests of the pages that it will fill
 
     def __len__(self):
@@ -93,10 +94,18 @@ class Scheduler:
 
     def begin_step(self):
         """Starts a step: its budget of prefilled tokens is whole."""
+        self._budget, self._steps = self.prefill_tokens, self._steps + 1
+        self._planned.clear()
+
+    def is_decoding_due(self):
+        """Returns whether this step decodes the rows that are ready, once nothing more is prefilled in it."""
         ready = sum(request.is_ready for request in self.running)
         waiting = len(self.running) - ready + min(len(self.waiting), self.rows - len(self.running))
-        self._budget = self.prefill_tokens * min(max(waiting // max(ready, 1), 1), _MOST_BUDGETS)
-        self._planned.clear()
+        is_cut = self._budget <= 0  # else those who wait need rows or pages
+        if is_cut and self._steps < min(_MOST_STEPS, _STEPS_FOR_ONE * waiting / max(ready, 1)):
+            return False
+        self._steps = 0
+        return True
 
     def next_chunk(self):
         """Returns (request, start, stop): the tokens to prefill next, or None when the step's budget is used up.

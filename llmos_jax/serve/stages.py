@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from llmos_jax.compute.pipeline import layer_order
+from llmos_jax.models.decoder import token_of_row
 from llmos_jax.models.stack import unstack
 
 
@@ -60,26 +61,28 @@ class Stages:
         """Returns a function of what belongs to a layer, for every stage; in_axes: 0 for that, None for what is everybody's."""
         return function if self.count == 1 else jax.vmap(function, in_axes, spmd_axis_name="pipeline")
 
-    def run(self, stack, layers, entries, read, is_updated=False):
+    def run(self, stack, layers, entries, read, is_updated=False, only_B=None):
         """Returns what `Decoder.decode` calls for its layers: `(x, rotations) -> (x, what was written)`.
 
         stack: the model's; layers: of `split`; entries and read: as in `Block.decode`, an entry for each layer of a stage.
         is_updated: `read` returns the entry itself with something written into it, and takes `is_turn`: whether what is to be
-        written counts (None: it does). Otherwise it returns what is new.
+        written counts (None: it does). Otherwise it returns what is new. only_B: the one token of each row whose x is wanted.
         """
         fixed = [kind if isinstance(kind, int) else None for kind in self.kinds]
         by_stage = [None if isinstance(kind, int) else kind for kind in self.kinds]
 
-        def in_order(part, layers, kinds, entries, is_turn, x_BLD, rotations):
+        def in_order(part, layers, kinds, entries, is_turn, x_BLD, rotations, only_B=None):
             read_now = read if is_turn is None else functools.partial(read, is_turn=is_turn)
             written = []
             for block, entry, same, differing in zip(stack.bind(layers), entries, fixed[part], kinds, strict=True):
-                x_BLD, new = block.decode(x_BLD, entry, read_now, rotations, differing if same is None else same)
+                wanted = only_B if len(written) == len(entries) - 1 else None  # the last layer computes no more than that
+                x_BLD, new = block.decode(x_BLD, entry, read_now, rotations, differing if same is None else same, wanted)
                 written.append(new)
             return x_BLD, written
 
         if self.count == 1:
-            return lambda x_BLD, rotations: in_order(slice(None), layers, by_stage, entries, None, x_BLD, rotations)
+            given = (slice(None), layers, by_stage, entries, None)
+            return lambda x_BLD, rotations: in_order(*given, x_BLD, rotations, only_B)
 
         def pass_through(x_BLD, rotations):
             written, of_repeat = [], self.layers // self.repeats
@@ -89,7 +92,7 @@ class Stages:
                 one = functools.partial(one, layers[part], by_stage[part])
                 x_BLD, new = self._pass_once(one, entries[part], is_updated, x_BLD, rotations)
                 written += new
-            return x_BLD, written
+            return (x_BLD if only_B is None else token_of_row(x_BLD, only_B)), written
 
         return pass_through
 

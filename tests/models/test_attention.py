@@ -295,11 +295,11 @@ def naive_row(query_LHK, key_MGK, value_MGK, start, window):
 def in_columns(key_BMGK, value_BMGK):
     """Returns what `attend_cached` takes of keys and values, their positions as columns."""
     key, value = (x.transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (key_BMGK, value_BMGK))
-    return key.swapaxes(1, 2), value
+    return key.swapaxes(1, 2)[:, None], value
 
 
 @pytest.mark.parametrize("has_avx512", [False, True])
-@pytest.mark.parametrize("length, parts", [(1, 1), (5, 1), (5, 2)])
+@pytest.mark.parametrize("length, parts", [(1, 1), (5, 1), (5, 2), (1, "blocks"), (5, "blocks")])
 @pytest.mark.parametrize("repeats, window", [(1, None), (2, None), (2, 6)])
 def test_cached_is_the_definition(repeats, window, length, parts, has_avx512, monkeypatch):
     """Rows of several lengths that end in the same column, one of them with new tokens only; behind them is something else."""
@@ -309,10 +309,13 @@ def test_cached_is_the_definition(repeats, window, length, parts, has_avx512, mo
     for b, past in enumerate(past_B):
         for x in (key, value):
             x[b] = np.roll(x[b], end - past, axis=0)
-    cached = in_columns(key, value)
+    keys, values = in_columns(key, value)
+    cached = [(keys, values)]
     if parts == 2:
-        cached = [(cached[0][..., part], cached[1][:, part]) for part in (slice(0, end), slice(end, None))]
-    given = (query[:, :length], cached if parts == 2 else [cached], end - past_B, end)
+        cached = [(keys[..., part], values[:, part]) for part in (slice(0, end), slice(end, None))]
+    if parts == "blocks":
+        cached = [(keys[:, 0].reshape(*keys.shape[:1], -1, 5, 8).swapaxes(1, 2), values)]
+    given = (query[:, :length], cached, end - past_B, end)
     actual = jax.jit(functools.partial(attend_cached, window=window))(*given)
     for b, past in enumerate(past_B):
         of_row = (query[b, :length], key[b, end - past :], value[b, end - past :])

@@ -307,10 +307,10 @@ def test_decoding_is_dropless_whatever_training_was():
         read = read_step(jnp.zeros(2, jnp.int32), start)
         return model.decode(tokens, at, None, stages.run(model.stack, layers, cache, read, is_updated=True))
 
-    room = (jnp.zeros((4 * 2, 8, 12)), jnp.zeros((4 * 2, 12, 8)))
+    room = (jnp.zeros((4 * 2, 1, 8, 12)), jnp.zeros((4 * 2, 12, 8)))
     cache, hidden = [room] * SPARSE.layers, []
-    for start, stop in ((0, 5), *((at, at + 1) for at in range(5, 12))):
-        part, cache = step(tokens[:, start:stop], cache, start)
+    for at in range(12):
+        part, cache = step(tokens[:, at : at + 1], cache, at)
         hidden.append(part)
 
     def whole(capacity):
