@@ -258,6 +258,8 @@ class Engine:
     def _run(self, kind, rows, columns=None, **static):
         drawn, (self._pools, columns) = self.programs.run(kind, self._weights, (self._pools, columns), rows, **static)
         self.counts[kind] += 1
+        if drawn and (rows["logprobs"] < 0).all():
+            drawn = (drawn[0], None)  # nobody asked for them: each array is a transfer
         return jax.device_get(drawn), columns
 
     def _run_decode(self, seating, last_token):
