@@ -180,9 +180,7 @@ def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
 def read_chunk(past_B, dtype, placement):
     """Returns the `read` of `Block.decode` for entries that are pasts (None: there is none), which keeps all new tokens.
 
-    A past ends with its last column.
-
-    Without a past it is the attention of training, with its kernels, where rows are whole.
+    A past ends with its last column. Without one it is the attention of training, with its kernels, where rows are whole.
     """
 
     def read(past, query_BLHK, key_BLGK, value_BLGK, **mask):

@@ -1,8 +1,9 @@
 """The inference engine: requests in, tokens out; continuous batching over a paged cache, with prefix reuse and drafts.
 
-`step` prefills a bounded number of prompt tokens, then decodes all rows that are ready: several tokens each in one dispatch, or
-one pass over drafts where rows have some. What a request gets depends on its tokens and its settings alone; neighbours, order,
-shared pages, preemption and drafts change only when it comes. Decisions use no clock, so all processes of a run agree.
+`step` prefills a bounded number of prompt tokens, then, unless more should be prefilled first, decodes all rows that are ready:
+several tokens each in one dispatch, or one pass over drafts where rows have some. What a request gets depends on its tokens and
+its settings alone; neighbours, order, shared pages, preemption and drafts change only when it comes. Decisions use no clock, so
+all processes of a run agree.
 """
 
 import collections
@@ -35,7 +36,10 @@ class EngineConfig:
     page_size: int = setting(16, help="tokens of a page of the cache", at_least=1)
     cache_bytes: int = setting(2**28, help="of keys and values, all devices together; at least one whole context", at_least=1)
     prefill_tokens: int = setting(
-        0, help="prompt tokens computed between two decoding steps; 0: 512 on a CPU, 4,096 on accelerators", at_least=0
+        0,
+        help="prompt tokens of a chunk, and between two decodings (to eight times as many while short prompts wait); "
+        "0: 512 on a CPU, 4,096 on accelerators",
+        at_least=0,
     )
     prefill_rows: int = setting(
         0, help="prompts computed in one dispatch, if they are short enough; 0: 1 on a CPU, 8 on accelerators", at_least=0
@@ -110,7 +114,10 @@ class Engine:
         ladder = self._page_ladder
         if not self.programs.reads_pages:
             beyond = self.pool.pages_for(-(-(config.context + self.settings.decode_steps) // 64) * 64)
-            ladder = [*_fine_ladder(self._page_ladder[0], whole)[:-1], beyond]
+            fewer = (
+                pages for pages in _fine_ladder(self._page_ladder[0], whole)[:-1] if pages * size > self.settings.decode_steps
+            )
+            ladder = [*fewer, beyond]
         self._column_ladder = [pages * size for pages in ladder]
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
@@ -119,7 +126,7 @@ class Engine:
         self._whole_ladder = self._chunk_ladder
         if is_cpu:
             self._whole_ladder = [pages * size for pages in _fine_ladder(self.pool.pages_for(_LEAST_CHUNK), chunk)]
-        self._next_id, self._weights, self._pools, self._columns, self._cancelled = 0, None, None, None, []
+        self._next_id, self._weights, self._pools, self._columns, self._events = 0, None, None, None, []
         self._seats = Seats()
         self.load(params)
 
@@ -168,26 +175,34 @@ class Engine:
         if request is None:
             return False
         self.scheduler.finish(request, reason)
-        self._cancelled.append(Event(identity, (), reason))
+        self._events.append(Event(identity, (), reason))
+        if not len(self.scheduler):
+            self._forget_columns()
         return True
 
     def forget_events(self):
         """Drops the news of requests that were cancelled: for a caller who knows."""
-        self._cancelled = []
+        self._events = [event for event in self._events if event.reason != "cancelled"]
 
     def step(self):
-        """Computes what is next and returns the Events; [] when there is nothing to do."""
-        events, self._cancelled = self._cancelled, []
+        """Computes what is next and returns the Events so far; [] when nothing was drawn, or there is nothing to do.
+
+        An exception loses none: the next call returns what was told before it.
+        """
+        self._advance(self._events)
+        events, self._events = self._events, []
+        return events
+
+    def _advance(self, events):
         self._prefill_chunks(events)
         if not self.scheduler.is_decoding_due():
-            return events
+            return
         rows = self.scheduler.decodable(max(self.settings.decode_steps, self.settings.draft_tokens + 1))
         if rows:
             drafts = self._drafts(rows)
             self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
         if not rows or not len(self.scheduler):
             self._forget_columns()
-        return events
 
     def stream(self, prompts, samplings):
         """Yields (index, Event) for every prompt until all have ended; those left are cancelled when the caller stops asking.
@@ -268,7 +283,7 @@ class Engine:
         arrays["end"] = np.full(1, seating.end, np.int32)
         for row, request in enumerate(seating.requests):
             arrays["tokens"][row, 0] = last_token[request.id] if request else 0
-        columns = self._columns
+        columns = None if seating.is_new else self._columns  # the old ones make room first
         self._forget_columns()  # they are used up, whatever happens
         if not self.programs.reads_pages:
             columns = self._filled(columns, seating, arrays)

@@ -1,7 +1,6 @@
 """The engine's compiled programs: prefill a chunk, gather pages, decode several steps, verify drafts; a fixed set, counted."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -68,10 +67,11 @@ class Programs:
 
     def _columns(self, weights, held, rows):
         """Makes room for the pages of rows that are to be decoded."""
-        rows, pages = rows["table"].shape
+        size, pages = rows["table"].shape
         columns = pages * self.page_size
-        blocks = columns // math.gcd(columns, _KEY_BLOCK) if self.placement.platform == "cpu" else 1
-        make = functools.partial(cache.init_columns, rows=rows, pages=pages, blocks=blocks)
+        is_cut = self.placement.platform == "cpu" and columns % _KEY_BLOCK == 0
+        blocks = columns // _KEY_BLOCK if is_cut else 1
+        make = functools.partial(cache.init_columns, rows=size, pages=pages, blocks=blocks)
         return (), (held[0], self.stages.each(make, (0,))(held[0]))
 
     def _gather(self, weights, held, rows):

@@ -164,10 +164,11 @@ def threshold(logits_BV, top_k_B, top_p_B):
 
 
 def _first_largest(logits_BV):
-    """Returns argmax, as two reductions that XLA:CPU makes of vectors; the last token where none is finite or infinite."""
+    """Returns argmax, as two reductions that XLA:CPU makes of vectors; 0 where logits are not numbers."""
     tokens = logits_BV.shape[-1]
     is_largest_BV = logits_BV == logits_BV.max(-1, keepdims=True)
-    return jnp.where(is_largest_BV, jnp.arange(tokens, dtype=jnp.int32), tokens - 1).min(-1)
+    first_B = jnp.where(is_largest_BV, jnp.arange(tokens, dtype=jnp.int32), tokens).min(-1)
+    return jnp.where(first_B < tokens, first_B, 0)
 
 
 _LOWEST = np.iinfo(np.int32).min

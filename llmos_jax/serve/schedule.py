@@ -1,22 +1,23 @@
 """Which requests run, on which pages, and what is computed next. Pure Python: decisions depend on what was submitted only.
 
 A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values lie
-in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready, so neither kind of
-work keeps the other waiting. While few are ready and many wait, some steps only prefill: decoding few costs nearly as much as
-decoding many. When pages run out the latest request gives up its own and goes back to the front of the queue; what it had
-computed stays in the prefix cache as long as there is room.
+in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready. While few are ready
+and many wait, some steps only prefill (decoding few costs nearly as much as decoding many): how many is bounded, too, so
+neither kind of work keeps the other waiting for long. When pages run out the latest request gives up its own and goes back to
+the front of the queue; what it had computed stays in the prefix cache as long as there is room.
 """
 
 import collections
 import dataclasses
+import itertools
 import typing
 
 from llmos_jax.errors import ConfigError
 from llmos_jax.serve.pages import page_digest
 
-# Rows that are ready are decoded in every such step at least, and the sooner the fewer wait for each of them: after so many
-# steps when one does.
-_MOST_STEPS, _STEPS_FOR_ONE = 8, 4
+# Rows that are ready are decoded after so many times `prefill_tokens` at most, and the sooner the fewer wait for each of them:
+# after so many times when one does.
+_MOST_BUDGETS, _BUDGETS_FOR_ONE = 8, 4
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -68,7 +69,7 @@ class Scheduler:
             raise ConfigError(f"prefill_tokens={prefill_tokens} is less than a page of {pool.page_size} tokens.")
         self.pool, self.rows, self.prefill_tokens = pool, rows, prefill_tokens
         self.waiting, self.running = collections.deque(), []
-        self._requests, self._budget, self._steps = {}, 0, 0  # the last: since rows were decoded
+        self._requests, self._budget, self._prefilled = {}, 0, 0  # the last: tokens since rows were decoded
         self._planned = {}  # id of a request whose chunk was given out -> digests of the pages that it will fill
 
     def __len__(self):
@@ -94,21 +95,26 @@ class Scheduler:
 
     def begin_step(self):
         """Starts a step: its budget of prefilled tokens is whole."""
-        self._budget, self._steps = self.prefill_tokens, self._steps + 1
+        self._budget = self.prefill_tokens
         self._planned.clear()
 
     def is_decoding_due(self):
-        """Returns whether this step decodes the rows that are ready, once nothing more is prefilled in it."""
-        ready = sum(request.is_ready for request in self.running)
-        waiting = len(self.running) - ready + min(len(self.waiting), self.rows - len(self.running))
-        is_cut = self._budget <= 0  # else those who wait need rows or pages
-        if is_cut and self._steps < min(_MOST_STEPS, _STEPS_FOR_ONE * waiting / max(ready, 1)):
+        """Returns whether this step decodes the rows that are ready, once nothing more is prefilled in it.
+
+        Not yet, when the budget is used up while others wait whom a chunk would make ready: up to so many budgets go to them.
+        """
+        ready, unready = sum(request.is_ready for request in self.running), [r for r in self.running if not r.is_ready]
+        coming = [*unready, *itertools.islice(self.waiting, max(self.rows - len(self.running), 0))]
+        waiting = sum(len(request.tokens) - request.computed <= self.prefill_tokens for request in coming)
+        self._prefilled += self.prefill_tokens - self._budget
+        budgets = min(_MOST_BUDGETS, _BUDGETS_FOR_ONE * waiting / max(ready, 1))
+        if self._budget <= 0 and self._prefilled < self.prefill_tokens * budgets:
             return False
-        self._steps = 0
+        self._prefilled = 0
         return True
 
     def next_chunk(self):
-        """Returns (request, start, stop): the tokens to prefill next, or None when the step's budget is used up.
+        """Returns (request, start, stop): the tokens to prefill next, or None: the budget is used up, or nobody can be now.
 
         Chunks begin on a page's border; what fits into one is not cut, and may exceed the budget. Several can be asked for
         before the first is computed (`advance` says that it was). A request looks for pages that it can share when its turn

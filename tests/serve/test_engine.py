@@ -274,6 +274,56 @@ def test_an_interrupt_while_a_step_waits_loses_nothing(made, monkeypatch):
     assert tuple(tokens) == expected
 
 
+def test_an_exception_in_a_step_loses_no_news(made, monkeypatch):
+    """The second prompt's program fails; the first one's token was drawn, and is told by the next step."""
+    engine, _ = made
+    prompts = [list(range(8, 24)), list(range(24, 40))]
+    alone = [engine.generate([prompt], dataclasses.replace(GREEDY, max_tokens=1))[0][0] for prompt in prompts]
+    engine.pool.forget()
+    first, second = (engine.submit(prompt, dataclasses.replace(GREEDY, max_tokens=1)) for prompt in prompts)
+    calls, get = iter([jax.device_get]), jax.device_get
+
+    def once(values):
+        return next(calls, None)(values)  # None can't be called
+
+    monkeypatch.setattr(jax, "device_get", once)
+    told = []
+    with pytest.raises(TypeError):
+        for _ in range(2):
+            told += engine.step()
+    monkeypatch.setattr(jax, "device_get", get)
+    while len(engine.scheduler):
+        told += engine.step()
+    assert {event.id: event.tokens for event in told} == {first: alone[0], second: alone[1]}
+
+
+def test_columns_are_given_up_with_their_last_request(made):
+    engine, _ = made
+    one = engine.submit(list(range(8, 28)), dataclasses.replace(GREEDY, max_tokens=40, logit_bias={str(END): -100.0}))
+    while engine._columns is None:
+        engine.step()
+    engine.cancel(one)
+    assert engine._columns is None
+    engine.step()
+
+
+def test_more_steps_than_columns_have_room_for(made):
+    """The smallest numbers of columns are left out where a dispatch draws more tokens than that."""
+    config = dataclasses.replace(LLAMA, context=512)
+    engine, _ = make(config=config, settings=EngineConfig(rows=1, page_size=16, decode_steps=300, draft_tokens=0))
+    assert engine._column_ladder[0] > 300 and engine._column_ladder[-1] >= 812
+    count = engine.warm_up()
+    [(tokens, reason, _)] = engine.generate([[9, 10]], dataclasses.replace(GREEDY, max_tokens=310))
+    assert reason in ("end", "length") and engine.programs.count == count and tokens
+
+
+def test_logits_that_are_no_numbers_draw_a_known_token():
+    engine, params = make(settings=PAIR)
+    engine.load(jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), params))
+    [(tokens, _, _)] = engine.generate([[9, 10]], dataclasses.replace(GREEDY, max_tokens=3))
+    assert tokens == (0, 0, 0)
+
+
 def test_what_pages_held_before_never_matters(made, expected):
     engine, _ = made
     engine._pools = jax.tree.map(lambda pool: jnp.full_like(pool, jnp.nan), engine._pools)

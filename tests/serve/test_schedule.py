@@ -83,7 +83,7 @@ class Machine:
         self.together = together  # chunks that are computed at once
         self.pool = PagePool(pages, page_size)
         self.scheduler = Scheduler(self.pool, rows, prefill_tokens)
-        self.memory, self.done, self.waited = {}, {}, 0  # the last: steps since rows were decoded
+        self.memory, self.done, self.waited = {}, {}, 0  # the last: tokens prefilled since rows were decoded
 
     def next_token(self, tokens):
         """A continuation that depends on all tokens before it."""
@@ -115,8 +115,8 @@ class Machine:
                 self.end(request)
         assert prefilled < 2 * scheduler.prefill_tokens
         if not scheduler.is_decoding_due():
-            self.waited += 1
-            assert prefilled >= scheduler.prefill_tokens and self.waited < 8
+            self.waited += prefilled
+            assert prefilled >= scheduler.prefill_tokens and self.waited < 8 * scheduler.prefill_tokens
             return prefilled
         self.waited = 0
         rows = scheduler.decodable(steps)
@@ -196,16 +196,16 @@ def test_any_schedule_gives_every_request_its_own_continuation(schedule):
 
 
 def test_prefill_does_not_keep_decoding_waiting():
-    """A long prompt beside a row that is ready: that is decoded after every fourth chunk."""
+    """A long prompt beside a row that is ready: that is decoded after every chunk."""
     machine = Machine(pages=40, page_size=4, rows=4, prefill_tokens=8)
     machine.next_token = lambda tokens: 1
     machine.scheduler.submit(short := Request(0, [1, 2], limit=30))
     machine.step(1)
     machine.scheduler.submit(Request(1, list(range(1, 101)), limit=110))
     before = short.generated
-    for _ in range(8):
+    for _ in range(5):
         machine.step(1)
-    assert short.generated == before + 2 and machine.scheduler.find(1).computed == 64
+    assert short.generated == before + 5 and machine.scheduler.find(1).computed == 40
 
 
 def test_those_who_wait_are_prefilled_first_while_they_are_many():

@@ -178,10 +178,10 @@ def test_a_signal_before_training_leaves_nothing_behind(tmp_path):
 
 def test_a_slow_loader_is_waited_for(tmp_path, monkeypatch):
     """Row R10: longer than a step may take, below the limit of data: no abort, and charged to data wait."""
-    options = TINY | {"train.steps": 4, "watchdog.floor_seconds": 0.5, "watchdog.data_seconds": 60.0, "watchdog.steps": 1.01}
+    options = TINY | {"train.steps": 4, "watchdog.floor_seconds": 2.0, "watchdog.data_seconds": 60.0, "watchdog.steps": 1.01}
     settings, _ = api.load_settings("experiments/gpt.py:smoke", [(name, str(value)) for name, value in options.items()])
-    real, ends = loop.make_batch, []
-    monkeypatch.setattr(loop, "make_batch", lambda *arguments: (time.sleep(0.8), real(*arguments))[1])
+    real, pauses, ends = loop.make_batch, iter([0.0, 3.0]), []
+    monkeypatch.setattr(loop, "make_batch", lambda *arguments: (time.sleep(next(pauses, 0.0)), real(*arguments))[1])
     monkeypatch.setattr(watchdog, "_end_process", ends.append)
     summary = api.run_training(settings, tmp_path, is_own_process=True)
     assert summary["step"] == 4 and summary["seconds"]["data_wait"] > 2 and not ends
