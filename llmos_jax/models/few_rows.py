@@ -3,7 +3,7 @@
 Without vectors of 512 bits its matrix library packs the right operand anew in every call, which for few rows costs more than
 the product. One row at a time the weight is only streamed; with some more, the weight as the left operand is not packed. With
 such vectors the plain product is the fastest. (BUILD_NOTES.md has the measurements: on AVX2 1.2 to 2 times the speed from 2 to
-48 rows; on AVX-512 the same forms are up to 3 times slower. A single row needs no second one to be fast.)
+48 rows; on AVX-512 the same forms are up to 5 times slower. A single row needs no second one to be fast.)
 """
 
 import jax.numpy as jnp
