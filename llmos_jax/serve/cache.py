@@ -14,6 +14,9 @@ from jax import lax
 from llmos_jax.models.attention import attend, attend_cached
 from llmos_jax.models.attention_paged import attend_pages
 
+# On a CPU the keys of so many columns lie side by side: a fourth less time for their products with the queries.
+KEY_BLOCK = 64
+
 
 def init_pools(family, config, pages, page_size, dtype, stages):
     """Returns zeroed pools: a (key, value) pair a layer, [G, pages + 1, page_size, K] each, heads laid over the model axis.

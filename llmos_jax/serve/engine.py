@@ -113,7 +113,8 @@ class Engine:
         # A kernel reads what a row has; what is gathered is read whole, and holds what is drawn beyond the context, too.
         ladder = self._page_ladder
         if not self.programs.reads_pages:
-            beyond = self.pool.pages_for(-(-(config.context + self.settings.decode_steps) // 64) * 64)
+            blocks = -(-(config.context + self.settings.decode_steps) // cache.KEY_BLOCK)
+            beyond = self.pool.pages_for(blocks * cache.KEY_BLOCK)
             fewer = (
                 pages for pages in _fine_ladder(self._page_ladder[0], whole)[:-1] if pages * size > self.settings.decode_steps
             )

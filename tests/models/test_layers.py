@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.models import layers
@@ -39,9 +40,12 @@ def test_matmul(x, weight, contracted, formula):
     compare_gradients(lambda x, w: layers.matmul(x, w, contracted), lambda x, w: jnp.einsum(formula, x, w), arrays(x, weight))
 
 
+@pytest.mark.parametrize("has_avx512", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 17, 48, 49])
-def test_matmul_of_few_rows(rows, dtype):
+def test_matmul_of_few_rows(rows, dtype, has_avx512, monkeypatch):
+    """Both processors' forms, whichever this one is."""
+    monkeypatch.setattr(host, "has_avx512", lambda: has_avx512)
     x, weight = arrays((rows, 1, 4, 64), (4, 64, 2, 160))
     actual = jax.jit(lambda x, w: layers.matmul(x, w, 2))(x.astype(dtype), weight)
     expected = np.einsum("BLHK,HKTO->BLTO", *(np.float64(jnp.asarray(a, dtype)) for a in (x, weight)))
@@ -49,6 +53,15 @@ def test_matmul_of_few_rows(rows, dtype):
     np.testing.assert_allclose(
         np.float64(actual), expected, rtol=0, atol=(1e-6 if dtype == "float32" else 1e-2) * abs(expected).max()
     )
+
+
+@pytest.mark.parametrize("vocab", [64, 65])  # in eight parts, and in one
+@pytest.mark.parametrize("rows", [1, 3, 49])
+def test_unembed(rows, vocab):
+    x, table = arrays((rows, 1, 16), (vocab, 16))
+    actual = jax.jit(lambda x, w: layers.unembed(x, w, make_placement(None, jax.devices()[:1])))(x, table)
+    expected = np.einsum("BLD,VD->BLV", np.float64(x), np.float64(table))
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * abs(expected).max())
 
 
 def test_matmul_keeps_weight_gradients_in_float32():
