@@ -15,8 +15,8 @@ from llmos_jax.serve.stages import Stages
 class Programs:
     """Compiles what it is asked for once per shape; `count` is how many there are.
 
-    rows: a dict of numpy arrays; `row_arrays` has their names and shapes. page_size: tokens of a page. reads_pages: a kernel reads the past where it lies,
-    when tokens are decoded one by one.
+    rows: a dict of numpy arrays; `row_arrays` has their names and shapes. page_size: tokens of a page. reads_pages: a kernel
+    reads the past where it lies, when tokens are decoded one by one.
     """
 
     def __init__(self, handle, family, config, vocab_size, end_ids, page_size, reads_pages=False):
