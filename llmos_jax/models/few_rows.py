@@ -2,8 +2,9 @@
 
 Without vectors of 512 bits its matrix library packs the right operand anew in every call, which for few rows costs more than
 the product. One row at a time the weight is only streamed; with some more, the weight as the left operand is not packed. With
-such vectors the plain product is the fastest. (BUILD_NOTES.md has the measurements: on AVX2 1.2 to 2 times the speed from 2 to
-48 rows; on AVX-512 the same forms are up to 5 times slower. A single row needs no second one to be fast.)
+such vectors the plain product is the fastest. A single row is as fast as weights come from memory, if all cores ask for them.
+(BUILD_NOTES.md has the measurements: on AVX2 1.2 to 2 times the speed from 2 to 48 rows; on AVX-512 the same forms are up to 5
+times slower.)
 """
 
 import jax.numpy as jnp
@@ -15,8 +16,8 @@ from llmos_jax.compute import host
 _SINGLE_ROWS, MOST_ROWS = 4, 48
 # Smaller weights stay in a core's cache: their form does not matter.
 LEAST_SIZE = 2**16
-# Parts of a table that are multiplied side by side.
-_PARTS = 8
+# Parts of a table that are multiplied side by side, and of the contraction of a single row.
+_PARTS, _ROW_PARTS = 8, 4
 
 
 def product(x_BI, weight_IO):
@@ -24,6 +25,11 @@ def product(x_BI, weight_IO):
     if x_BI.dtype != jnp.float32:
         # A single row would have the whole weight converted first; two are the library's.
         return (jnp.repeat(x_BI, 2, axis=0) @ weight_IO)[:1] if len(x_BI) == 1 else x_BI @ weight_IO
+    if len(x_BI) == 1 and len(weight_IO) % _ROW_PARTS == 0:
+        # The library runs a batch on all threads, but one product of a single row on one.
+        weight_PIO = weight_IO.reshape(_ROW_PARTS, -1, weight_IO.shape[1])
+        y_PBO = lax.dot_general(x_BI.reshape(_ROW_PARTS, 1, -1), weight_PIO, (((2,), (1,)), ((0,), (0,))))
+        return y_PBO.sum(0)
     if host.has_avx512():
         return x_BI @ weight_IO
     if len(x_BI) <= _SINGLE_ROWS:
