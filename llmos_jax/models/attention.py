@@ -25,8 +25,7 @@ _PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla", "blocked"), "tpu": ("
 _SPLASH_TILES = (512, 384, 256, 128)
 # A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
 _CACHED_ROWS = 512
-# Without vectors of 512 bits XLA:CPU's library packs keys for a product of two heads or more: so few are faster one by one, on
-# threads of their own.
+# Without vectors of 512 bits XLA:CPU's library packs keys for a product of two heads or more: so few are faster one by one.
 _SINGLE_HEADS = 4
 
 
@@ -73,31 +72,55 @@ def attend(
 def attend_cached(query_BLHK, cached, start_B, end, *, window=None, scale=None, softcap=None):
     """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
-    cached: [(key [G x B, C, K, M / C], value [G x B, M, K]), ...], parts of one line of columns, all of it finite; keys lie in
-    C blocks of columns. Row b begins in column start_B[b] (None: every one in the first); the queries stand in columns
-    end .. end + L - 1 and see their row up to their own column, the latest `window` if given. Memory: float32 scores of at
-    most 512 tokens at a time.
+    cached: [(key [G x B, K, M], value [G x B, M, K]), ...], parts of one line of columns, all of it finite. Row b begins in
+    column start_B[b] (None: every one in the first); the queries stand in columns end .. end + L - 1 and see their row up to
+    their own column, the latest `window` if given. Memory: float32 scores of at most 512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
     pairs = len(cached[0][0])
     for key, value in cached:
-        blocks, width = key.shape[1], key.shape[3]
-        if key.shape != (pairs, blocks, size, width) or value.shape != (pairs, blocks * width, size) or batch * heads % pairs:
+        if key.shape != (pairs, size, value.shape[1]) or value.shape[::2] != (pairs, size) or batch * heads % pairs:
             raise ConfigError(
                 f"attention to a cache: queries {query_BLHK.shape} [B, L, H, K] do not fit keys {key.shape} and values "
-                f"{value.shape}; expected [G x B, C, K, M / C] and [G x B, M, K] with H a multiple of G."
+                f"{value.shape}; expected [G x B, K, M] and [G x B, M, K] with H a multiple of G."
             )
-    scale = 1 / np.sqrt(size) if scale is None else scale
-    query = (query_BLHK * jnp.asarray(scale, query_BLHK.dtype)).reshape(batch, length, pairs // batch, -1, size)
-    query_GBRLK = query.transpose(2, 0, 3, 1, 4)
+    query_GBRLK = _scaled(query_BLHK, scale).reshape(batch, length, pairs // batch, -1, size).transpose(2, 0, 3, 1, 4)
     columns = sum(value.shape[1] for _, value in cached)
     outputs = []
     for begin in range(0, length, _CACHED_ROWS):
         rows = slice(begin, min(begin + _CACHED_ROWS, length))
         seen = _seen_in_cache(start_B, end + jnp.arange(rows.start, rows.stop), columns, window)
-        outputs.append(_attend_part(query_GBRLK[:, :, :, rows], cached, seen, softcap))
+        outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], cached, seen, softcap))
     output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
+
+
+def attend_blocks(query_BHK, key_GNKW, value_GNWK, owner_N, seen_NW, *, scale=None, softcap=None):
+    """Returns attention [B, H, K] of one token of each row to cached tokens, which lie in blocks of W.
+
+    owner_N: the row whose tokens are in a block; seen_NW: which of them it sees. Keys and values are finite, seen or not. A row
+    costs what its own blocks do. Who sees nothing gets something finite.
+    """
+    batch, heads, size = query_BHK.shape
+    groups, blocks, _, width = key_GNKW.shape
+    if key_GNKW.shape[2] != size or value_GNWK.shape != (groups, blocks, width, size) or heads % groups:
+        raise ConfigError(
+            f"attention to blocks: queries {query_BHK.shape} [B, H, K] do not fit keys {key_GNKW.shape} and values "
+            f"{value_GNWK.shape}; expected [G, N, K, W] and [G, N, W, K] with H a multiple of G."
+        )
+    query_GBRK = _scaled(query_BHK, scale).reshape(batch, groups, -1, size).swapaxes(0, 1)
+    attend_some = functools.partial(_attend_row if batch == 1 else _attend_blocks, softcap=softcap)
+    given, repeats = (query_GBRK, key_GNKW, value_GNWK, owner_N, seen_NW), heads // groups
+
+    def one_by_one(query_GBRK, *given):
+        return jnp.concatenate([attend_some(query_GBRK[:, :, head : head + 1], *given) for head in range(repeats)], 2)
+
+    # Without vectors of 512 bits XLA:CPU's products of few heads with a block are slower than those of one head each.
+    if batch == 1 or not 1 < repeats <= _SINGLE_HEADS or key_GNKW.dtype != jnp.float32 or host.has_avx512():
+        output_GBRK = attend_some(*given)
+    else:
+        output_GBRK = lax.platform_dependent(*given, cpu=one_by_one, default=attend_some)
+    return output_GBRK.swapaxes(0, 1).reshape(query_BHK.shape).astype(query_BHK.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,39 +370,54 @@ def _capped(scores, softcap):
     return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
 
 
-def _attend_part(query_GBRLK, parts, seen_BLM, softcap):
-    """Returns `_attend_rows`, in the form that is fast for the shape at hand."""
-    _, batch, heads, length, _ = query_GBRLK.shape
-    whole = functools.partial(_attend_rows, softcap=softcap)
-    is_float32 = parts[0][0].dtype == jnp.float32
-    if length > 1 or batch == 1 or not 1 < heads <= _SINGLE_HEADS or not is_float32 or host.has_avx512():
-        return whole(query_GBRLK, parts, seen_BLM)
-
-    def one_by_one(query_GBRLK, parts, seen_BLM):
-        return jnp.concatenate([whole(query_GBRLK[:, :, head : head + 1], parts, seen_BLM) for head in range(heads)], 2)
-
-    return lax.platform_dependent(query_GBRLK, parts, seen_BLM, cpu=one_by_one, default=whole)
-
-
-def _scores(query_NRLK, key_NCKM):
-    """Returns the scores [N, R, L, C x M], float32, of queries and blocks of keys."""
-    pairs, repeats, length, size = query_NRLK.shape
-    blocks, width = key_NCKM.shape[1], key_NCKM.shape[3]
-    query_NCRK = jnp.broadcast_to(query_NRLK.reshape(pairs, 1, -1, size), (pairs, blocks, repeats * length, size))
-    scores_NCRM = jnp.einsum("NCRK,NCKM->NCRM", query_NCRK, key_NCKM, preferred_element_type=jnp.float32)
-    return scores_NCRM.swapaxes(1, 2).reshape(pairs, repeats, length, blocks * width)
-
-
 def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):
     """Returns attention [G, B, R, L, K] in float32, with full scores."""
     groups, batch, *rest = query_GBRLK.shape
     query_NRLK = query_GBRLK.reshape(groups * batch, *rest)
     sizes = [value.shape[1] for _, value in parts]
     wide = dict(preferred_element_type=jnp.float32)
-    scores = [_scores(query_NRLK, key) for key, _ in parts]
+    scores = [jnp.einsum("NRLK,NKM->NRLM", query_NRLK, key, **wide) for key, _ in parts]
     scores = _capped(jnp.concatenate(scores, -1) if len(scores) > 1 else scores[0], softcap)
     scores_GBRLM = scores.reshape(groups, batch, *scores.shape[1:])
     weights = jax.nn.softmax(jnp.where(seen_BLM[:, None], scores_GBRLM, HIDDEN)).astype(parts[0][1].dtype)
     weights = jnp.split(weights.reshape(scores.shape), sizes[:-1], -1)
     outputs = (jnp.einsum("NRLM,NMK->NRLK", w, value, **wide) for w, (_, value) in zip(weights, parts, strict=True))
     return sum(outputs).reshape(query_GBRLK.shape)
+
+
+def _attend_row(query_G1RK, key_GNKW, value_GNWK, _owner_N, seen_NW, softcap):
+    """Returns attention [G, 1, R, K] in float32 of a row that has all blocks: they are one line of tokens."""
+    groups, blocks, width, _ = value_GNWK.shape
+    wide = dict(preferred_element_type=jnp.float32)
+    query_GNRK = jnp.broadcast_to(query_G1RK, (groups, blocks, *query_G1RK.shape[2:]))
+    scores_GNRW = _capped(jnp.einsum("GNRK,GNKW->GNRW", query_GNRK, key_GNKW, **wide), softcap)
+    scores_GRM = scores_GNRW.swapaxes(1, 2).reshape(groups, -1, blocks * width)
+    weights_GRM = jax.nn.softmax(jnp.where(seen_NW.reshape(-1), scores_GRM, HIDDEN)).astype(value_GNWK.dtype)
+    weights_GNRW = weights_GRM.reshape(groups, -1, blocks, width).swapaxes(1, 2)
+    # As one line XLA:CPU would have the values in two forms, and write each anew to add a token.
+    return jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW, value_GNWK, **wide).sum(1)[:, None]
+
+
+def _attend_blocks(query_GBRK, key_GNKW, value_GNWK, owner_N, seen_NW, softcap):
+    """Returns attention [G, B, R, K] in float32: each block's share, put together by row."""
+    wide = dict(preferred_element_type=jnp.float32)
+    is_owner_BN = owner_N == jnp.arange(query_GBRK.shape[1])[:, None]
+    scores_GNRW = _capped(jnp.einsum("GNRK,GNKW->GNRW", query_GBRK[:, owner_N], key_GNKW, **wide), softcap)
+    scores_GNRW = jnp.where(seen_NW[:, None], scores_GNRW, HIDDEN)
+    largest_GRN = scores_GNRW.max(-1).swapaxes(1, 2)
+    largest_GRB = jnp.where(is_owner_BN, largest_GRN[:, :, None], HIDDEN).max(-1)
+    weights_GNRW = jnp.exp(scores_GNRW - largest_GRB[:, :, owner_N].swapaxes(1, 2)[..., None])
+    shares_GNRK = jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW.astype(value_GNWK.dtype), value_GNWK, **wide)
+    # Many small sums as one product; what is no number must not reach other rows by it.
+    parts_GNRP = jnp.concatenate([shares_GNRK, weights_GNRW.sum(-1, keepdims=True)], -1)
+    parts_GNRP = jnp.where(jnp.isfinite(parts_GNRP), parts_GNRP, 0)
+    given = is_owner_BN.astype(jnp.float32), parts_GNRP
+    sums_GBRP = jnp.einsum("BN,GNRP->GBRP", *given, precision=lax.Precision.HIGHEST)
+    sums_GBRK, total_GBR1 = jnp.split(sums_GBRP, [value_GNWK.shape[-1]], -1)
+    no_number_GBR1 = (largest_GRB - largest_GRB).swapaxes(1, 2)[..., None]  # else zero
+    return sums_GBRK / jnp.maximum(total_GBR1, jnp.finfo(jnp.float32).tiny) + no_number_GBR1
+
+
+def _scaled(query, scale):
+    """Returns the queries times `scale`; None: one over the root of the heads' size."""
+    return query * jnp.asarray(1 / np.sqrt(query.shape[-1]) if scale is None else scale, query.dtype)

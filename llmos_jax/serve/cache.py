@@ -1,21 +1,23 @@
 """Keys and values in pages, on the devices: made, gathered for a program's rows, written back. Donated and updated in place.
 
-What a program reads of its rows is gathered from pages into columns that all rows have in common: every past ends in the same
-column, wherever it begins, so that what comes next has one place for all rows. A decoding loop goes on in these columns, one
-further for each token, and the next one goes on from there; only what was added is written back to pages. A chunk of several
-tokens attends to the past and to itself side by side (`models.attention.attend_cached`). Where the platform has a kernel that
-reads pages where they lie, nothing is gathered: each token is written into its page (`models.attention_paged`).
+A decoding loop reads blocks of tokens, each of one row, that were gathered from pages once: it writes each token into its row's
+latest block, and the next loop goes on from there; only what was added is written back to pages. Rows have as many blocks as
+they need, so a row costs what its own context does. A chunk of several tokens attends to its past, gathered into columns that
+end together, and to itself side by side (`models.attention.attend_cached`). Where the platform has a kernel that reads pages
+where they lie, nothing is gathered: each token is written into its page (`models.attention_paged`).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from llmos_jax.models.attention import attend, attend_cached
+from llmos_jax.models.attention import attend, attend_blocks, attend_cached
 from llmos_jax.models.attention_paged import attend_pages
 
-# On a CPU the keys of so many columns lie side by side: a fourth less time for their products with the queries.
-KEY_BLOCK = 64
+# Tokens of a block, as far as pages allow it. On a CPU 32 and 128 are slower: more pieces; more that is read for nothing.
+BLOCK = 64
+# The first token of a block that is nobody's: behind all that a row can see.
+NOBODYS = 2**30
 
 
 def init_pools(family, config, pages, page_size, dtype, stages):
@@ -43,12 +45,16 @@ def page_bytes(family, config, page_size, dtype):
     return 2 * layers * groups * length * size * jnp.dtype(dtype).itemsize
 
 
-def gather(pools, table_BP, past_B, end, blocks=1):
-    """Returns the past of rows, (keys [G x B, C, K, M / C], values [G x B, M, K]) of each layer; M = P x page_size columns.
+def pages_of_block(page_size):
+    """Returns how many pages a block holds."""
+    return max(1, BLOCK // page_size)
+
+
+def gather(pools, table_BP, past_B, end):
+    """Returns the past of rows, (keys [G x B, K, M], values [G x B, M, K]) of each layer; M = P x page_size columns.
 
     table_BP: the pages of each row, whose past_B[b] tokens are to end before column `end`. Other columns are zero: what earlier
-    owners left in a page never matters, not even if it is not finite. Keys lie in C `blocks`, as the product with queries
-    reads them: a decoding loop would turn them around in every step, and would copy groups and rows that are two dimensions.
+    owners left in a page never matters, not even if it is not finite.
     """
     page_size, pages = pools[0][0].shape[2], table_BP.shape[1]
     token_BM = jnp.arange(pages * page_size) - (end - past_B)[:, None]
@@ -56,57 +62,46 @@ def gather(pools, table_BP, past_B, end, blocks=1):
     is_there_BM = (token_BM >= 0) & (token_BM < past_B[:, None])
 
     def read(pool_GPSK):
-        read_GBMK = jnp.where(is_there_BM[None, :, :, None], pool_GPSK[:, page_BM, token_BM % page_size], 0)
-        return _pairs(read_GBMK)
+        return _pairs(jnp.where(is_there_BM[None, :, :, None], pool_GPSK[:, page_BM, token_BM % page_size], 0))
 
-    return [(_in_blocks(read(key), blocks), read(value)) for key, value in pools]
-
-
-def _in_blocks(key_NMK, blocks):
-    pairs, columns, size = key_NMK.shape
-    return key_NMK.reshape(pairs, blocks, columns // blocks, size).swapaxes(2, 3)
+    return [(read(key).swapaxes(1, 2), read(value)) for key, value in pools]
 
 
-def init_columns(pools, rows, pages, blocks=1):
-    """Returns zeroed columns as `gather` fills them, of `pages` pages for each row."""
+def gather_blocks(pools, pages_NP, count_N):
+    """Returns (keys [G, N, K, W], values [G, N, W, K]) of each layer: the first count_N tokens of pages; others are zero.
 
-    def make(pool):
-        groups, _, page_size, size = pool.shape
-        return jnp.zeros((groups * rows, pages * page_size, size), pool.dtype)
+    Keys lie as their product with queries reads them: a decoding loop would turn them around in every step.
+    """
+    blocks, pages = pages_NP.shape
+    is_there_NW1 = (jnp.arange(pages * pools[0][0].shape[2]) < count_N[:, None])[..., None]
 
-    return [(_in_blocks(make(key), blocks), make(value)) for key, value in pools]
+    def read(pool_GPSK):
+        groups, _, _, size = pool_GPSK.shape
+        return jnp.where(is_there_NW1, pool_GPSK[:, pages_NP].reshape(groups, blocks, -1, size), 0)
 
-
-def gather_some(pools, columns, table_BP, past_B, end, row_B, count):
-    """Returns the columns with the first `count` of these rows gathered anew."""
-    groups, rows, blocks = pools[0][0].shape[0], table_BP.shape[0], columns[0][0].shape[1]
-
-    def fill(index, columns):
-        row = row_B[index]
-        new = gather(pools, *(lax.dynamic_slice_in_dim(x, row, 1) for x in (table_BP, past_B)), end, blocks)
-        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new[:, None], row, 1), columns, new)
-
-    columns = jax.tree.map(lambda x: x.reshape(groups, rows, *x.shape[1:]), columns)
-    return jax.tree.map(_pairs, lax.fori_loop(0, count, fill, columns))
+    return [(read(key).swapaxes(2, 3), read(value)) for key, value in pools]
 
 
-def cut(columns, rows, end, length):
-    """Returns the keys and values [G, B, length, K] of each layer from column `end` on."""
+def gather_some(pools, blocks, pages_NP, count_N, index_N, count):
+    """Returns the blocks with the first `count` of those in index_N gathered anew."""
 
-    def key_at(key_NCKM, column):
-        pairs, _, size, width = key_NCKM.shape
-        return lax.dynamic_slice(key_NCKM, (0, column // width, 0, column % width), (pairs, 1, size, 1))[..., 0]
+    def fill(at, blocks):
+        index = index_N[at]
+        new = gather_blocks(pools, *(lax.dynamic_slice_in_dim(x, index, 1) for x in (pages_NP, count_N)))
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, index, 1), blocks, new)
 
-    def recent(x_NMK):
-        return x_NMK.reshape(-1, rows, *x_NMK.shape[1:])
+    return lax.fori_loop(0, count, fill, blocks)
 
-    return [
-        (
-            recent(jnp.concatenate([key_at(key, end + step) for step in range(length)], 1)),
-            recent(lax.dynamic_slice_in_dim(value, end, length, 1)),
-        )
-        for key, value in columns
-    ]
+
+def cut(blocks, place_BL, position_BL):
+    """Returns the keys and values [G, B, L, K] of each layer that lie in these blocks, where the tokens' positions say."""
+
+    def of_layer(key_GNKW, value_GNWK):
+        offset_BL = position_BL % key_GNKW.shape[-1]
+        key_BLGK = key_GNKW.at[:, place_BL, :, offset_BL].get(mode="clip")
+        return key_BLGK.transpose(2, 0, 1, 3), value_GNWK.at[:, place_BL, offset_BL].get(mode="clip")
+
+    return [of_layer(*pair) for pair in blocks]
 
 
 def _pairs(x_GB):
@@ -114,15 +109,18 @@ def _pairs(x_GB):
     return x_GB.reshape(-1, *x_GB.shape[2:])
 
 
-def write_tokens(pools, recent, table_BP, past_B, count_B):
-    """Returns the pools with the first count_B recent tokens of each row behind its past; the others go to page 0."""
-    page_size, pages = pools[0][0].shape[2], table_BP.shape[1]
-    step_N = jnp.arange(recent[0][0].shape[2])
-    position_BN = past_B[:, None] + step_N
-    index_BN = position_BN // page_size
-    page_BN = jnp.take_along_axis(table_BP, jnp.minimum(index_BN, pages - 1), 1)
-    page_BN = jnp.where((step_N < count_B[:, None]) & (index_BN < pages), page_BN, 0)
-    return jax.tree.map(lambda pool, new: pool.at[:, page_BN, position_BN % page_size].set(_finite(new)), pools, recent)
+def pages_of(table_BP, past_B, length, page_size):
+    """Returns the page [B, length] of each token behind the past; 0 beyond the table."""
+    index_BL, pages = (past_B[:, None] + jnp.arange(length)) // page_size, table_BP.shape[1]
+    return jnp.where(index_BL < pages, jnp.take_along_axis(table_BP, jnp.minimum(index_BL, pages - 1), 1), 0)
+
+
+def write_tokens(pools, recent, page_BL, past_B, count_B):
+    """Returns the pools with the first count_B recent tokens of each row in these pages, behind its past; others in page 0."""
+    step_L = jnp.arange(page_BL.shape[1])
+    offset_BL = (past_B[:, None] + step_L) % pools[0][0].shape[2]
+    page_BL = jnp.where(step_L < count_B[:, None], page_BL, 0)
+    return jax.tree.map(lambda pool, new: pool.at[:, page_BL, offset_BL].set(_finite(new)), pools, recent)
 
 
 def write_pages(pools, recent, pages_BP):
@@ -140,28 +138,43 @@ def _finite(new):
     return jnp.where(jnp.isfinite(new), new, 0)
 
 
-def read_step(start_B, column):
-    """Returns the `read` of `Block.decode` for columns, which writes a new token of each row into this one.
+def read_step(owner_N, first_N, place_B, position_B):
+    """Returns the `read` of `Block.decode` for blocks, which writes a new token of each row into its block, then reads.
 
-    is_turn: what is to be written counts (`Stages.run`).
+    owner_N: the row of each block; first_N: the position of its first token. place_B: the block of each row's new token, whose
+    position is position_B; out of range: it is not written. is_turn: what is to be written counts (`Stages.run`).
     """
+    latest_N1 = position_B[owner_N][:, None]
 
-    def read(columns, query_BLHK, key_BLGK, value_BLGK, is_turn=None, **mask):
-        key_NCKM, value_NMK = columns
-        pairs, _, size, width = key_NCKM.shape
-        new_N1K1 = _finite(key_BLGK[:, 0].astype(key_NCKM.dtype)).swapaxes(0, 1).reshape(pairs, 1, size, 1)
-        key_NCKM = _written(key_NCKM, new_N1K1, (0, column // width, 0, column % width), is_turn)
-        new_N1K = _finite(value_BLGK[:, 0].astype(value_NMK.dtype)).swapaxes(0, 1).reshape(pairs, 1, size)
-        columns = key_NCKM, _written(value_NMK, new_N1K, (0, column, 0), is_turn)
-        return attend_cached(query_BLHK, [columns], start_B, column, **mask), columns
+    def read(blocks, query_BLHK, key_BLGK, value_BLGK, is_turn=None, *, window=None, **form):
+        key_GNKW, value_GNWK = blocks
+        width = key_GNKW.shape[-1]
+        given = place_B, position_B % width, is_turn
+        key_GNKW = _written(key_GNKW, key_BLGK.astype(key_GNKW.dtype).transpose(2, 0, 3, 1), *given, axis=3)
+        value_GNWK = _written(value_GNWK, value_BLGK.astype(key_GNKW.dtype).transpose(2, 0, 1, 3), *given, axis=2)
+        position_NW = first_N[:, None] + jnp.arange(width)
+        seen_NW = position_NW <= latest_N1
+        if window is not None:
+            seen_NW &= position_NW > latest_N1 - window
+        given = query_BLHK[:, 0], key_GNKW, value_GNWK, owner_N, seen_NW
+        return attend_blocks(*given, **form)[:, None], (key_GNKW, value_GNWK)
 
     return read
 
 
-def _written(old, new, place, is_turn):
-    if is_turn is not None:
-        new = jnp.where(is_turn, new, lax.dynamic_slice(old, place, new.shape))
-    return lax.dynamic_update_slice(old, new, place)
+def _written(blocks_GNXY, new_GBXY, place_B, offset_B, is_turn, axis):
+    """Returns blocks with one token of each row, of size 1 along `axis`, in its place; none where no such block is."""
+    new_GBXY = _finite(new_GBXY)
+    if len(place_B) == 1 and is_turn is None:
+        # XLA:CPU makes a loop of what is below. Out of range is only who has ended: it has all blocks for itself.
+        start = [0, place_B[0], 0, 0]
+        start[axis] = offset_B[0]
+        return lax.dynamic_update_slice(blocks_GNXY, new_GBXY, start)
+    to_B = place_B if is_turn is None else jnp.where(is_turn, place_B, blocks_GNXY.shape[1])
+    new_GBX = new_GBXY.squeeze(axis)
+    if axis == 2:
+        return blocks_GNXY.at[:, to_B, offset_B].set(new_GBX, mode="drop")
+    return blocks_GNXY.at[:, to_B, :, offset_B].set(new_GBX.swapaxes(0, 1), mode="drop")
 
 
 def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
@@ -174,7 +187,8 @@ def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
         if window is not None:
             raise ValueError("layers with a window have no kernel that reads pages: `pages_refusal` says so.")
         recent = tuple(x.transpose(2, 0, 1, 3).astype(pools[0].dtype) for x in (key_BLGK, value_BLGK))
-        (pools,) = write_tokens([pools], [recent], table_BP, past_B + step, (is_anybodys_B & is_turn).astype(jnp.int32))
+        page_B1 = pages_of(table_BP, past_B + step, 1, page_size)
+        (pools,) = write_tokens([pools], [recent], page_B1, past_B + step, (is_anybodys_B & is_turn).astype(jnp.int32))
         return attend_pages(query_BLHK[:, 0], pools, table_BP, length_B, placement=placement, **form)[:, None], pools
 
     return read
@@ -191,7 +205,7 @@ def read_chunk(past_B, dtype, placement):
         recent = tuple(x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
         if past is None and placement.axis_size("length") == 1:
             return attend(query_BLHK, key_BLGK, value_BLGK, placement=placement, **mask), recent
-        own = [(_in_blocks(_pairs(recent[0]), 1), _pairs(recent[1]))]
+        own = [(_pairs(recent[0]).swapaxes(1, 2), _pairs(recent[1]))]
         if past is None:
             return attend_cached(query_BLHK, own, None, 0, **mask), recent
         end = past[1].shape[1]

@@ -19,13 +19,13 @@ from llmos_jax.models.attention_paged import pages_refusal
 from llmos_jax.serve import cache
 from llmos_jax.serve.draft import Drafter
 from llmos_jax.serve.pages import PagePool
-from llmos_jax.serve.programs import Programs, row_arrays
+from llmos_jax.serve.programs import Programs, block_arrays, row_arrays
 from llmos_jax.serve.sample import SamplingConfig
 from llmos_jax.serve.schedule import Request, Scheduler
 from llmos_jax.serve.seats import Seating, Seats
 
 # The fewest tokens of a row that have a program of their own.
-_LEAST_CONTEXT, _LEAST_CHUNK = 256, 32
+_LEAST_CONTEXT, _LEAST_CHUNK, _LEAST_BLOCKS = 256, 32, 256 // cache.BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,25 +110,17 @@ class Engine:
         self.counts = collections.Counter()
         self._row_ladder = _row_ladder(rows)
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
-        # A kernel reads what a row has; what is gathered is read whole, and holds what is drawn beyond the context, too.
-        ladder = self._page_ladder
-        if not self.programs.reads_pages:
-            blocks = -(-(config.context + self.settings.decode_steps) // cache.KEY_BLOCK)
-            beyond = self.pool.pages_for(blocks * cache.KEY_BLOCK)
-            fewer = (
-                pages for pages in _fine_ladder(self._page_ladder[0], whole)[:-1] if pages * size > self.settings.decode_steps
-            )
-            ladder = [*fewer, beyond]
-        self._column_ladder = [pages * size for pages in ladder]
+        self._most_blocks = -(-whole // cache.pages_of_block(size))  # of a row
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
         self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
         # A CPU computes padding as slowly as tokens; behind a past there are programs for each length of it, and fewer chunks.
         is_cpu = handle.placement.platform == "cpu"
         self._whole_ladder = self._chunk_ladder
         if is_cpu:
-            self._whole_ladder = [pages * size for pages in _fine_ladder(self.pool.pages_for(_LEAST_CHUNK), chunk)]
-        self._next_id, self._weights, self._pools, self._columns, self._events = 0, None, None, None, []
-        self._seats = Seats()
+            least = self.pool.pages_for(_LEAST_CHUNK)
+            self._whole_ladder = [pages * size for pages in _fine_ladder(least, chunk, max(1, least // 2))]
+        self._next_id, self._weights, self._pools, self._blocks, self._events = 0, None, None, None, []
+        self._seats = Seats(cache.pages_of_block(size) * size)
         self.load(params)
 
     def load(self, params):
@@ -143,7 +135,7 @@ class Engine:
     def release(self):
         """Gives the memory of weights and cache back; `load` takes it again. Compiled programs are kept."""
         self._weights = self._pools = None
-        self._forget_columns()
+        self._forget_blocks()
         self.pool.forget()
 
     def submit(self, prompt, sampling, stream=0):
@@ -178,7 +170,7 @@ class Engine:
         self.scheduler.finish(request, reason)
         self._events.append(Event(identity, (), reason))
         if not len(self.scheduler):
-            self._forget_columns()
+            self._forget_blocks()
         return True
 
     def forget_events(self):
@@ -203,7 +195,7 @@ class Engine:
             drafts = self._drafts(rows)
             self._decode(rows, events) if drafts is None else self._verify(rows, drafts, events)
         if not rows or not len(self.scheduler):
-            self._forget_columns()
+            self._forget_blocks()
 
     def stream(self, prompts, samplings):
         """Yields (index, Event) for every prompt until all have ended; those left are cancelled when the caller stops asking.
@@ -243,8 +235,11 @@ class Engine:
     def warm_up(self):
         """Compiles every program that a request can need, and returns how many there are."""
         for rows in self._row_ladder:
-            for columns in self._column_ladder:
-                self._run_decode(Seating((None,) * rows, columns, 0, (), is_new=True), {})
+            for count in self._block_ladder(rows) if not self.programs.reads_pages else ():
+                for is_new in (True, False):  # as it begins, and with newcomers
+                    self._run_decode(Seating((None,) * rows, ((),) * rows, count, (0,), is_new))
+            for pages in self._page_ladder if self.programs.reads_pages else ():
+                self._run_paged([], rows, pages)
             for pages in self._page_ladder if self.settings.draft_tokens else ():
                 self._run("verify", self._arrays([], rows, self.settings.draft_tokens + 1, pages))
         shapes = [(length, 1, False) for length in self._whole_ladder]
@@ -252,7 +247,7 @@ class Engine:
         for length, pages, has_past in shapes:
             for rows in {1, self._most_rows(length, pages, has_past)}:
                 self._run("prefill", self._chunk_arrays([], rows, length, pages), has_past=has_past)
-        self._forget_columns()
+        self._forget_blocks()
         logging.info("%d programs compiled", self.programs.count)
         return self.programs.count
 
@@ -271,40 +266,36 @@ class Engine:
         stretched = self.config.stretched_from
         return b"" if stretched is None else str(max(prompt_length, stretched)).encode()
 
-    def _run(self, kind, rows, columns=None, **static):
-        drawn, (self._pools, columns) = self.programs.run(kind, self._weights, (self._pools, columns), rows, **static)
+    def _run(self, kind, rows, blocks=None, **static):
+        drawn, (self._pools, blocks) = self.programs.run(kind, self._weights, (self._pools, blocks), rows, **static)
         self.counts[kind] += 1
         if drawn and (rows["logprobs"] < 0).all():
             drawn = (drawn[0], None)  # nobody asked for them: each array is a transfer
-        return jax.device_get(drawn), columns
+        return jax.device_get(drawn), blocks
 
-    def _run_decode(self, seating, last_token):
-        """Returns what a decoding program draws; last_token: that of each request, by its id."""
-        arrays = self._arrays(seating.requests, len(seating.requests), 1, seating.columns // self.pool.page_size)
-        arrays["end"] = np.full(1, seating.end, np.int32)
-        for row, request in enumerate(seating.requests):
-            arrays["tokens"][row, 0] = last_token[request.id] if request else 0
-        columns = None if seating.is_new else self._columns  # the old ones make room first
-        self._forget_columns()  # they are used up, whatever happens
-        if not self.programs.reads_pages:
-            columns = self._filled(columns, seating, arrays)
-        drawn, self._columns = self._run("decode", arrays, columns, steps=self.settings.decode_steps)
+    def _run_decode(self, seating):
+        """Returns what a decoding program draws for a Seating."""
+        steps = self.settings.decode_steps
+        of_blocks, of_pages = block_arrays(seating, self.settings.page_size, steps)
+        arrays = row_arrays(seating.requests, len(seating.requests), 1) | of_blocks
+        blocks = None if seating.is_new else self._blocks  # the old ones make room first
+        self._forget_blocks()  # they are used up, whatever happens
+        if seating.is_new:
+            blocks = self._run("gather", of_pages)[1]
+        elif seating.missing:
+            missing = [block for row in seating.missing for block in seating.blocks[row]]
+            of_pages["missing"], of_pages["count"] = np.zeros(seating.count, np.int32), np.full(1, len(missing), np.int32)
+            of_pages["missing"][: len(missing)] = missing
+            blocks = self._run("gather_some", of_pages, blocks)[1]
+        drawn, self._blocks = self._run("decode", arrays, blocks, steps=steps)
         return drawn
 
-    def _filled(self, columns, seating, arrays):
-        """Returns columns in which all that the rows have lies before the seating's end."""
-        if seating.is_new:
-            columns = self._run("columns", {"table": arrays["table"]})[1]
-        if seating.missing or seating.is_new:
-            arrays = {name: arrays[name] for name in ("table", "past", "end")}
-            arrays["row"] = np.zeros(len(seating.requests), np.int32)
-            arrays["row"][: len(seating.missing)] = seating.missing
-            arrays["gathered"] = np.full(1, len(seating.missing), np.int32)
-            columns = self._run("gather", arrays, columns)[1]
-        return columns
+    def _run_paged(self, requests, rows, pages):
+        """Returns what a decoding program that reads pages where they lie draws; the first rows are `requests`."""
+        return self._run("decode", self._arrays(requests, rows, 1, pages), steps=self.settings.decode_steps)[0]
 
-    def _forget_columns(self):
-        self._columns = None
+    def _forget_blocks(self):
+        self._blocks = None
         self._seats.clear()
 
     def _arrays(self, requests, rows, length, pages):
@@ -374,16 +365,22 @@ class Engine:
 
     def _decode(self, requests, events):
         steps = self.settings.decode_steps
-        seating = self._seats.take(requests, self._rows_for(requests), steps, self._column_ladder)
-        tokens, logprobs = self._run_decode(seating, {request.id: request.tokens[-1] for request in requests})
-        row_of = {request.id: row for row, request in enumerate(seating.requests) if request}
+        rows = self._rows_for(requests)
+        if self.programs.reads_pages:
+            pages = self._pages_for(max(request.computed for request in requests) + steps)
+            seated, (tokens, logprobs) = requests, self._run_paged(requests, rows, pages)
+        else:
+            seating = self._seats.take(requests, rows, steps, self._block_ladder(rows))
+            seated, (tokens, logprobs) = seating.requests, self._run_decode(seating)
+        row_of = {request.id: row for row, request in enumerate(seated) if request}
         for request in requests:
             row = row_of[request.id]
             self._accept(request, tokens[:, row], jax.tree.map(lambda x, row=row: x[:, row], logprobs), events)
-        self._seats.keep(seating, steps)
+        if not self.programs.reads_pages:
+            self._seats.keep(seating)
 
     def _verify(self, requests, drafts, events):
-        self._forget_columns()  # it will lack what is accepted here
+        self._forget_blocks()  # it will lack what is accepted here
         length = self.settings.draft_tokens + 1
         pages = self._pages_for(max(r.computed for r in requests) + length)
         rows = self._arrays(requests, self._rows_for(requests), length, pages)
@@ -427,6 +424,11 @@ class Engine:
     def _rows_for(self, requests):
         return next(rows for rows in self._row_ladder if rows >= len(requests))
 
+    def _block_ladder(self, rows):
+        """Returns how many blocks of tokens decoding programs of so many rows have."""
+        least, most = (rows * blocks for blocks in (min(_LEAST_BLOCKS, self._most_blocks), self._most_blocks))
+        return _fine_ladder(least, most, min(2 * rows, _LEAST_BLOCKS))
+
     def _pages_for(self, tokens):
         pages = self.pool.pages_for(tokens)
         return next((step for step in self._page_ladder if step >= pages), self._page_ladder[-1])
@@ -449,15 +451,15 @@ def _row_ladder(most):
     return sorted({size for size in sizes if size not in (3, 6) or size == most})
 
 
-def _fine_ladder(least, most):
-    """Returns sizes as `_ladder`'s by 2, with one more between the first two, and three between the later ones.
+def _fine_ladder(least, most, step):
+    """Returns rising sizes from `least` to `most`, a quarter of the last power of two (times `least`) apart, or `step`.
 
     Decoding waits for what it reads of the cache, above all where contexts are long: a quarter too much is enough.
     """
     sizes, octave = [min(least, most)], least
     while sizes[-1] < most:
         octave *= 2 if sizes[-1] >= 2 * octave else 1
-        sizes.append(min(sizes[-1] + max(octave // 4, least // 2, 1), most))
+        sizes.append(min(sizes[-1] + max(octave // 4, step), most))
     return sizes
 
 

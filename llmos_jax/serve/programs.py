@@ -34,9 +34,9 @@ class Programs:
         return len(self._compiled)
 
     def run(self, kind, weights, held, rows, **static):
-        """Runs "prefill", "columns", "gather", "decode" or "verify" and returns (outputs, held); what was held is used up.
+        """Runs "prefill", "gather", "gather_some", "decode" or "verify" and returns (outputs, held); what was held is used up.
 
-        held: (pools, columns). The columns, which "columns" makes, "gather" fills and "decode" goes on in, are None for all
+        held: (pools, blocks). The blocks, which "gather" makes, "gather_some" adds to and "decode" goes on in, are None for all
         others, and where a kernel reads pages.
         """
         layout = layout_of(rows)
@@ -58,33 +58,32 @@ class Programs:
         outputs = (whole, cache.pool_sharding(self.stages))
         return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, held, packed).compile()
 
-    def _gathered(self, pools, rows):
+    def _past(self, pools, rows):
         end = rows["table"].shape[1] * self.page_size
         return self.stages.each(cache.gather, (0, None, None, None))(pools, rows["table"], rows["past"], end)
 
-    def _columns(self, weights, held, rows):
-        """Makes room for the pages of rows that are to be decoded."""
-        size, pages = rows["table"].shape
-        columns = pages * self.page_size
-        is_cut = self.placement.platform == "cpu" and columns % cache.KEY_BLOCK == 0
-        blocks = columns // cache.KEY_BLOCK if is_cut else 1
-        make = functools.partial(cache.init_columns, rows=size, pages=pages, blocks=blocks)
-        return (), (held[0], self.stages.each(make, (0,))(held[0]))
-
     def _gather(self, weights, held, rows):
-        """Copies the pages of some rows together, for decoding programs to go on from."""
-        pools, columns = held
-        gather = self.stages.each(cache.gather_some, (0, 0, None, None, None, None, None))
-        given = (rows["table"], rows["past"], rows["end"][0], rows["row"], rows["gathered"][0])
-        return (), (pools, gather(pools, columns, *given))
+        """Copies the pages of rows together, for decoding programs to go on from."""
+        gather = self.stages.each(cache.gather_blocks, (0, None, None))
+        return (), (held[0], gather(held[0], rows["pages"], rows["held"]))
 
-    def _write(self, pools, recent, rows, count_B):
+    def _gather_some(self, weights, held, rows):
+        """Does so for newcomers, beside blocks that are there."""
+        gather = self.stages.each(cache.gather_some, (0, 0, None, None, None, None))
+        return (), (held[0], gather(*held, rows["pages"], rows["held"], rows["missing"], rows["count"][0]))
+
+    def _write(self, pools, recent, page_BL, past_B, count_B):
         write = self.stages.each(cache.write_tokens, (0, 0, None, None, None))
-        return write(pools, recent, rows["table"], rows["past"], count_B)
+        return write(pools, recent, page_BL, past_B, count_B)
 
     def _sampler(self, model, rows):
+        history = rows["history"]
+        if "owner" in rows:  # of blocks, as their tokens lie in them
+            row, index = rows["owner"][:, None], rows["first"][:, None] + jnp.arange(history.shape[1])
+        else:
+            row, index = jnp.arange(history.shape[0])[:, None], jnp.arange(history.shape[1])[None]
         padded = model.head_weight.shape[0]
-        return Sampler(rows, rows["history"], rows["prompt"], rows["length"], padded, self.vocab_size)
+        return Sampler(rows, (history, row, index), rows["prompt"], rows["length"], padded, self.vocab_size)
 
     def _positions(self, rows, start, length):
         """Returns (positions [B, L] of new tokens, the length of the row that each sees)."""
@@ -93,17 +92,26 @@ class Programs:
         positions_BL = jnp.minimum(positions_BL, self.config.context - 1)
         return positions_BL, jnp.maximum(rows["prompt"][:, None], positions_BL + 1)
 
+    def _rotations(self, model, rows, positions_BL, longest_BL):
+        """Returns the model's rotations, computed once: XLA:CPU fuses sines and cosines into every head that they turn."""
+        compute = functools.partial(model.rotations, positions_BL, longest_BL)
+        if self.placement.platform != "cpu":
+            return compute()
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+        return lax.cond(jnp.any(rows["count"] > 0), compute, lambda: nothing)  # always so, but the compiler can't know
+
     def _logits(self, model, hidden_BLD):
         return self.placement.constrain(model.logits(hidden_BLD), None, None, None)
 
     def _prefill(self, weights, held, rows, has_past):
         """Computes a chunk of tokens of each row, and draws what follows its last one."""
         model, tokens_BL, pools = self.handle.merge(weights[0]), rows["tokens"], held[0]
-        past = self._gathered(pools, rows) if has_past else [None] * len(pools)
+        past = self._past(pools, rows) if has_past else [None] * len(pools)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read, only_B=rows["count"] - 1)
-        last_B1D, recent = model.decode(tokens_BL, positions_BL, model.rotations(positions_BL, longest_BL), layers)
+        rotations = self._rotations(model, rows, positions_BL, longest_BL)
+        last_B1D, recent = model.decode(tokens_BL, positions_BL, rotations, layers)
         sampler = self._sampler(model, rows)
         token_B, logprobs, _ = sampler.draw(self._logits(model, last_B1D)[:, 0], rows["index"], sampler.counts)
         pages_BP = _once_known(token_B[:, None], rows["pages"])
@@ -113,7 +121,7 @@ class Programs:
     def _decode(self, weights, held, rows, steps):
         """Draws up to `steps` tokens of each row, one after the other; ends early when no row needs more."""
         model, ends_E, is_anybodys_B = self.handle.merge(weights[0]), jnp.asarray(self.end_ids), rows["room"] > 0
-        sampler, (pools, columns), end = self._sampler(model, rows), held, rows["end"][0]
+        sampler, (pools, blocks) = self._sampler(model, rows), held
 
         def advance(state):
             step, token_B, is_active_B, (positions_B1, rotations), kept, counts, drawn = state
@@ -121,7 +129,8 @@ class Programs:
                 given = (rows["table"], rows["past"], step, is_anybodys_B, self.page_size)
                 read = cache.read_pages(*given, self.placement)
             else:
-                read = cache.read_step(end - rows["past"], end + step)
+                place_B = lax.dynamic_index_in_dim(rows["place"], step, 1, keepdims=False)
+                read = cache.read_step(rows["owner"], rows["first"], place_B, rows["past"] + step)
             layers = self.stages.run(model.stack, weights[1], kept, read, is_updated=True)
             hidden_B1D, kept = model.decode(token_B[:, None], positions_B1, rotations, layers)
             logits_BV = self._logits(model, hidden_B1D)[:, 0]
@@ -135,7 +144,7 @@ class Programs:
             positions_B1, longest_B1 = self._positions(rows, step, 1)
             return positions_B1, model.rotations(positions_B1, longest_B1)
 
-        kept = pools if self.reads_pages else columns
+        kept = pools if self.reads_pages else blocks
         drawn = jax.eval_shape(lambda: sampler.draw(jnp.zeros(sampler.counts[0].shape), rows["index"], sampler.counts)[:2])
         drawn = jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), drawn)
         state = (jnp.int32(0), rows["tokens"][:, 0], is_anybodys_B, places(0), kept, sampler.counts, drawn)
@@ -143,18 +152,19 @@ class Programs:
         step, _, _, _, kept, _, drawn = state
         if self.reads_pages:
             return drawn, (kept, None)
-        cut = functools.partial(cache.cut, rows=rows["past"].shape[0], end=end, length=steps)
-        recent = self.stages.each(cut, (0,))(kept)
-        return drawn, (self._write(pools, recent, rows, jnp.where(is_anybodys_B, step, 0)), kept)
+        cut = self.stages.each(cache.cut, (0, None, None))
+        recent = cut(kept, rows["place"], rows["past"][:, None] + jnp.arange(steps))
+        return drawn, (self._write(pools, recent, rows["page"], rows["past"], jnp.where(is_anybodys_B, step, 0)), kept)
 
     def _verify(self, weights, held, rows):
         """Draws what follows each of a row's tokens, its last one and a draft of what comes then, in one pass."""
         model, tokens_BL, pools = self.handle.merge(weights[0]), rows["tokens"], held[0]
-        past = self._gathered(pools, rows)
+        past = self._past(pools, rows)
         read = cache.read_chunk(rows["past"], pools[0][0].dtype, self.placement)
         positions_BL, longest_BL = self._positions(rows, 0, tokens_BL.shape[1])
         layers = self.stages.run(model.stack, weights[1], past, read)
-        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, model.rotations(positions_BL, longest_BL), layers)
+        rotations = self._rotations(model, rows, positions_BL, longest_BL)
+        hidden_BLD, recent = model.decode(tokens_BL, positions_BL, rotations, layers)
         logits_BLV, sampler = self._logits(model, hidden_BLD), self._sampler(model, rows)
 
         def draw(counts, of_step):
@@ -164,7 +174,9 @@ class Programs:
 
         steps_L, drafts_LB = jnp.arange(tokens_BL.shape[1]), jnp.roll(tokens_BL, -1, axis=1).T
         _, drawn = lax.scan(draw, sampler.counts, (steps_L, logits_BLV.swapaxes(0, 1), drafts_LB))
-        return drawn, (self._write(pools, recent, rows, _once_known(drawn[0][-1], rows["count"])), None)
+        page_BL = cache.pages_of(rows["table"], rows["past"], tokens_BL.shape[1], self.page_size)
+        count_B = _once_known(drawn[0][-1], rows["count"])
+        return drawn, (self._write(pools, recent, page_BL, rows["past"], count_B), None)
 
 
 def _once_known(tokens, values):
@@ -190,12 +202,12 @@ def _unpacked(packed, layout):
     return rows
 
 
-def row_arrays(requests, size, length, pages, history):
+def row_arrays(requests, size, length, pages=0, history=0):
     """Returns {name: numpy array} of `size` rows, of which the first are `requests` (None: nobody): what programs read of them.
 
-    tokens [B, length] (to be filled in), table [B, pages], history [B, history], past (tokens that lie in pages), count (new
-    tokens), room (tokens that may still be drawn; 0: nobody's row), prompt and length (of the history), index (of the next
-    token in its continuation), and those of the sampler. All have 32 bits an element.
+    tokens [B, length] (the last one known; to be filled in where it is several), table [B, pages], history [B, history], past
+    (tokens that lie in pages), count (new tokens), room (tokens that may still be drawn; 0: nobody's row), prompt and length
+    (of the history), index (of the next token in its continuation), and those of the sampler. All have 32 bits an element.
     """
     rows = sampling_arrays([r and (r.payload.sampling, r.payload.stream) for r in requests], size)
     for name in ("past", "count", "room", "prompt", "length", "index"):
@@ -204,6 +216,7 @@ def row_arrays(requests, size, length, pages, history):
     rows["tokens"], rows["table"] = np.zeros((size, length), np.int32), np.zeros((size, pages), np.int32)
     rows["history"] = np.zeros((size, history), np.int32)
     for row, request in ((row, request) for row, request in enumerate(requests) if request is not None):
+        rows["tokens"][row, 0] = request.tokens[-1]
         rows["past"][row], rows["room"][row] = request.computed, request.limit - len(request.tokens)
         rows["prompt"][row], rows["length"][row] = request.prompt_length, len(request.tokens)
         rows["index"][row] = request.generated
@@ -213,3 +226,36 @@ def row_arrays(requests, size, length, pages, history):
             known = request.tokens[:history]
             rows["history"][row, : len(known)] = known
     return rows
+
+
+def block_arrays(seating, page_size, steps):
+    """Returns what decoding programs read of a `seats.Seating`'s blocks, and what gathers them: {name: numpy array}, twice.
+
+    owner (the row), first (position of its first token), history (tokens, where they are asked for) of each block; place and
+    page [B, steps]: the block, and the page, of each new token (out of range and 0: nobody's). pages and held: of each block.
+    """
+    per_block = cache.pages_of_block(page_size)
+    rows, count, width = len(seating.requests), seating.count, per_block * page_size
+    arrays = {"owner": np.zeros(count, np.int32), "first": np.full(count, cache.NOBODYS, np.int32)}
+    arrays["history"] = np.zeros((count, width), np.int32)
+    arrays["place"], arrays["page"] = np.full((rows, steps), count, np.int32), np.zeros((rows, steps), np.int32)
+    gathered = {"pages": np.zeros((count, per_block), np.int32), "held": np.zeros(count, np.int32)}
+    for row, (request, blocks) in enumerate(zip(seating.requests, seating.blocks, strict=True)):
+        if request is None:
+            continue
+        for number, block in enumerate(blocks):
+            first = number * width
+            arrays["owner"][block], arrays["first"][block] = row, first
+            held = request.pages[number * per_block : (number + 1) * per_block]
+            gathered["pages"][block, : len(held)] = held
+            gathered["held"][block] = min(max(request.computed - first, 0), width)
+            if request.payload.is_penalised:
+                known = request.tokens[first : first + width]
+                arrays["history"][block, : len(known)] = known
+        for step in range(steps):
+            position = request.computed + step
+            if position // width < len(blocks):
+                arrays["place"][row, step] = blocks[position // width]
+            if position // page_size < len(request.pages):
+                arrays["page"][row, step] = request.pages[position // page_size]
+    return arrays, gathered

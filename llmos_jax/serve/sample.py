@@ -94,18 +94,19 @@ _NEUTRAL = {
 class Sampler:
     """Draws one token a row at a time, inside jit. Work that no row asks for is skipped at run time (`lax.cond`).
 
-    arrays: of `sampling_arrays`. history_BM: the tokens of each row, its prompt first; prompt_B, length_B: how many of them are
-    prompt, and there at all. vocab_size: tokens from here on (padding of the embedding) are never drawn.
+    arrays: of `sampling_arrays`. history: (tokens, the row of each, its index there), of one shape or broadcast to it; a row's
+    prompt comes first. prompt_B, length_B: how many of a row's tokens are prompt, and there at all. vocab_size: tokens from
+    here on (padding of the embedding) are never drawn.
     """
 
-    def __init__(self, arrays, history_BM, prompt_B, length_B, padded_vocab, vocab_size):
+    def __init__(self, arrays, history, prompt_B, length_B, padded_vocab, vocab_size):
         self.arrays, self.vocab_size = arrays, vocab_size
         keys_B = jax.vmap(jax.random.key)(arrays["seed"])
         self.keys_B = jax.vmap(jax.random.fold_in)(keys_B, arrays["stream"])
         self.is_penalised = jnp.any(
             (arrays["repetition_penalty"] != 1) | (arrays["presence_penalty"] != 0) | (arrays["frequency_penalty"] != 0)
         )
-        self.counts = lax.cond(self.is_penalised, _counts, _no_counts, history_BM, prompt_B, length_B, jnp.zeros(padded_vocab))
+        self.counts = lax.cond(self.is_penalised, _counts, _no_counts, history, prompt_B, length_B, jnp.zeros(padded_vocab))
 
     def draw(self, logits_BV, index_B, counts):
         """Returns (tokens [B], log-probabilities {"chosen" [B], "top" [B, 20], "top_tokens" [B, 20]}, counts).
@@ -207,19 +208,18 @@ def _draw(logits_BV, keys_B, arrays):
     return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
 
 
-def _counts(history_BM, prompt_B, length_B, vocab_V):
+def _counts(history, prompt_B, length_B, vocab_V):
     """Returns (how often each token was generated, whether it was seen at all), [B, V] each."""
-    position_M = jnp.arange(history_BM.shape[1])
-    is_there_BM = position_M < length_B[:, None]
-    is_drawn_BM = is_there_BM & (position_M >= prompt_B[:, None])
-    row_B1 = jnp.arange(history_BM.shape[0])[:, None]
-    zeros_BV = jnp.zeros((history_BM.shape[0], vocab_V.shape[0]), jnp.float32)
-    drawn_BV = zeros_BV.at[row_B1, history_BM].add(is_drawn_BM.astype(jnp.float32))
-    return drawn_BV, zeros_BV.at[row_B1, history_BM].add(is_there_BM.astype(jnp.float32)) > 0
+    token, row, index = history
+    is_there = index < length_B[row]
+    is_drawn = is_there & (index >= prompt_B[row])
+    zeros_BV = jnp.zeros((len(prompt_B), len(vocab_V)), jnp.float32)
+    drawn_BV = zeros_BV.at[row, token].add(is_drawn.astype(jnp.float32))
+    return drawn_BV, zeros_BV.at[row, token].add(is_there.astype(jnp.float32)) > 0
 
 
-def _no_counts(history_BM, prompt_B, length_B, vocab_V):
-    shape = (history_BM.shape[0], vocab_V.shape[0])
+def _no_counts(history, prompt_B, length_B, vocab_V):
+    shape = len(prompt_B), len(vocab_V)
     return jnp.zeros(shape, jnp.float32), jnp.zeros(shape, bool)
 
 

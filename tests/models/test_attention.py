@@ -14,7 +14,7 @@ from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
-from llmos_jax.models.attention import attend, attend_cached
+from llmos_jax.models.attention import attend, attend_blocks, attend_cached
 
 MASKS = {
     "none": {"is_causal": False},
@@ -295,15 +295,13 @@ def naive_row(query_LHK, key_MGK, value_MGK, start, window):
 def in_columns(key_BMGK, value_BMGK):
     """Returns what `attend_cached` takes of keys and values, their positions as columns."""
     key, value = (x.transpose(2, 0, 1, 3).reshape(-1, x.shape[1], x.shape[3]) for x in (key_BMGK, value_BMGK))
-    return key.swapaxes(1, 2)[:, None], value
+    return key.swapaxes(1, 2), value
 
 
-@pytest.mark.parametrize("has_avx512", [False, True])
-@pytest.mark.parametrize("length, parts", [(1, 1), (5, 1), (5, 2), (1, "blocks"), (5, "blocks")])
+@pytest.mark.parametrize("length, parts", [(1, 1), (5, 1), (5, 2)])
 @pytest.mark.parametrize("repeats, window", [(1, None), (2, None), (2, 6)])
-def test_cached_is_the_definition(repeats, window, length, parts, has_avx512, monkeypatch):
+def test_cached_is_the_definition(repeats, window, length, parts):
     """Rows of several lengths that end in the same column, one of them with new tokens only; behind them is something else."""
-    monkeypatch.setattr(host, "has_avx512", lambda: has_avx512)
     query, key, value, _ = (np.array(x) for x in inputs(40, repeats, batch=3))
     past_B, end = np.array([0, 11, 31]), 33
     for b, past in enumerate(past_B):
@@ -313,13 +311,60 @@ def test_cached_is_the_definition(repeats, window, length, parts, has_avx512, mo
     cached = [(keys, values)]
     if parts == 2:
         cached = [(keys[..., part], values[:, part]) for part in (slice(0, end), slice(end, None))]
-    if parts == "blocks":
-        cached = [(keys[:, 0].reshape(*keys.shape[:1], -1, 5, 8).swapaxes(1, 2), values)]
     given = (query[:, :length], cached, end - past_B, end)
     actual = jax.jit(functools.partial(attend_cached, window=window))(*given)
     for b, past in enumerate(past_B):
         of_row = (query[b, :length], key[b, end - past :], value[b, end - past :])
         np.testing.assert_allclose(actual[b], naive_row(*of_row, past, window or 40), atol=1e-5)
+
+
+def in_blocks(tensors_BMGK, lengths, width, blocks):
+    """Returns rows' tokens in `blocks` blocks of any order, [G, N, W, K] each, their rows and the positions of their tokens."""
+    order = iter(np.random.default_rng(3).permutation(blocks))
+    owner_N, position_NW = np.zeros(blocks, np.int32), np.full((blocks, width), 2**30)
+    laid = [np.full((x.shape[2], blocks, width, x.shape[3]), 7.0, np.float32) for x in tensors_BMGK]  # others' leavings
+    for row, length in enumerate(lengths):
+        for first in range(0, length, width):
+            block = next(order)
+            owner_N[block], position_NW[block] = row, first + np.arange(width)
+            for x_GNWK, x_BMGK in zip(laid, tensors_BMGK, strict=True):
+                part = x_BMGK[row, first : min(first + width, length)]
+                x_GNWK[:, block, : len(part)] = part.swapaxes(0, 1)
+    return laid, owner_N, position_NW
+
+
+@pytest.mark.parametrize("has_avx512", [False, True])
+@pytest.mark.parametrize("lengths", [(40,), (1, 12, 40)])
+@pytest.mark.parametrize("repeats, window, softcap", [(1, None, None), (2, None, None), (2, 6, None), (2, None, 1.5)])
+def test_blocks_are_the_definition(repeats, window, softcap, lengths, has_avx512, monkeypatch):
+    """Rows of several lengths, each with blocks of its own in no order, and some that are nobody's; a row alone, too."""
+    monkeypatch.setattr(host, "has_avx512", lambda: has_avx512)
+    query, key, value, _ = (np.array(x) for x in inputs(40, repeats, batch=len(lengths)))
+    (keys, values), owner_N, position_NW = in_blocks((key, value), lengths, 8, 11)
+    latest_B = np.array(lengths) - 1
+    seen_NW = (position_NW <= latest_B[owner_N][:, None]) & (position_NW > latest_B[owner_N][:, None] - (window or 99))
+    run = jax.jit(functools.partial(attend_blocks, softcap=softcap))
+    actual = run(query[:, 0], keys.swapaxes(2, 3), values, owner_N, seen_NW)
+    for row, latest in enumerate(latest_B):
+        given = query[row : row + 1, :1], [in_columns(key[row : row + 1], value[row : row + 1])], None, latest
+        expected = attend_cached(*given, window=window, softcap=softcap)[0, 0]
+        np.testing.assert_allclose(actual[row], expected, atol=1e-5)
+        if softcap is None:
+            of_row = query[row, :1], key[row], value[row], latest, window or 40
+            np.testing.assert_allclose(actual[row], naive_row(*of_row)[0], atol=1e-5)
+
+
+def test_what_is_no_number_in_a_row_of_blocks_stays_there():
+    query, key, value, _ = (np.array(x) for x in inputs(16, 2, batch=3))
+    (keys, values), owner_N, position_NW = in_blocks((key, value), (16, 16, 16), 8, 6)
+    given = keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30
+    expected = attend_blocks(query[:, 0], *given)
+    for bad in (np.nan, np.inf):
+        query[1, 0, 0] = bad
+        actual = np.asarray(attend_blocks(query[:, 0], *given))
+        assert not np.isfinite(actual[1, 0]).any() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
+    with pytest.raises(ConfigError, match=r"attention to blocks: queries .* do not fit keys"):
+        attend_blocks(query[:, 0], keys, values, owner_N, position_NW < 16)
 
 
 def test_a_long_chunk_is_attended_to_in_pieces():

@@ -149,20 +149,19 @@ def test_no_program_copies_the_cache(made):
         text = program.as_text()
         assert f"[{shape}]" in text and not re.search(rf"f32\[{shape}\]\S* copy\(", text), kind
         if kind == "decode":
-            columns = engine._column_ladder[-1]
-            lie = [rf"\d+,{lengths}" for lengths in (rf"\d+,{size},{min(columns, 64)}", f"{columns},{size}")]
-            assert all(re.search(rf"\[{one}\]", text) and not re.search(rf"f32\[{one}\]\S* copy\(", text) for one in lie)
+            lie = rf"{groups},\d+,({size},{engine._seats.width}|{engine._seats.width},{size})"
+            assert re.search(rf"\[{lie}\]", text) and not re.search(rf"f32\[{lie}\]\S* copy\(", text)
         kinds[kind] += 1
-    assert kinds.keys() == {"prefill", "columns", "gather", "decode", "verify"}
+    assert kinds.keys() == {"prefill", "gather", "gather_some", "decode", "verify"}
 
 
 def test_sizes_of_programs():
     assert [_row_ladder(most) for most in (1, 2, 3, 4)] == [[1], [1, 2], [1, 2, 3], [1, 2, 4]]
     assert _row_ladder(6) == [1, 2, 4, 6] and _row_ladder(20) == [1, 2, 4, 8, 12, 16, 20]
     assert _row_ladder(48) == [1, 2, 4, 8, 12, 16, 24, 32, 48]
-    assert _fine_ladder(16, 64) == [16, 24, 32, 40, 48, 56, 64]
-    assert _fine_ladder(1, 6) == [1, 2, 3, 4, 5, 6] and _fine_ladder(16, 10) == [10]
-    sizes = _fine_ladder(16, 8192)
+    assert _fine_ladder(16, 64, 8) == [16, 24, 32, 40, 48, 56, 64]
+    assert _fine_ladder(1, 6, 1) == [1, 2, 3, 4, 5, 6] and _fine_ladder(16, 10, 8) == [10]
+    sizes = _fine_ladder(16, 8192, 8)
     assert sizes[-1] == 8192 and all(b <= 1.25 * a for a, b in zip(sizes[2:], sizes[3:], strict=False)) and len(sizes) == 35
 
 
@@ -239,7 +238,7 @@ def test_programs_are_warm_after_warm_up(made, expected):
     loop = [11, 12, 13, 14] * 8
     engine.generate([loop], dataclasses.replace(GREEDY, logit_bias={str(token): 1000.0 for token in loop[:1]}))
     assert engine.counts["accepted_tokens"] > accepted  # the biased row repeats itself, and its history says so
-    # Columns, gather, decode and verify for 1, 2 and 4 rows; prefill with a past and without.
+    # Gather (all blocks, some), decode and verify for 1, 2 and 4 rows; prefill with a past and without.
     assert engine.programs.count == count == 4 * 3 + 2
 
 
@@ -250,7 +249,7 @@ def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
     counts = engine.counts - before
     # Only a pass over drafts computes tokens that the past does not get.
     assert counts["decode"] > 1 + counts["verify"] >= counts["gather"] > 0
-    assert engine._columns is None  # what is nobody's takes no memory
+    assert engine._blocks is None  # what is nobody's takes no memory
 
 
 def test_an_interrupt_while_a_step_waits_loses_nothing(made, monkeypatch):
@@ -300,24 +299,26 @@ def test_an_exception_in_a_step_loses_no_news(made, monkeypatch):
     assert {event.id: event.tokens for event in told} == {first: alone[0], second: alone[1]}
 
 
-def test_columns_are_given_up_with_their_last_request(made):
+def test_blocks_are_given_up_with_their_last_request(made):
     engine, _ = made
     one = engine.submit(list(range(8, 28)), dataclasses.replace(GREEDY, max_tokens=40, logit_bias={str(END): -100.0}))
-    while engine._columns is None:
+    while engine._blocks is None:
         engine.step()
     engine.cancel(one)
-    assert engine._columns is None
+    assert engine._blocks is None
     engine.step()
 
 
-def test_more_steps_than_columns_have_room_for(made):
-    """The smallest numbers of columns are left out where a dispatch draws more tokens than that."""
-    config = dataclasses.replace(LLAMA, context=512)
-    engine, _ = make(config=config, settings=EngineConfig(rows=1, page_size=16, decode_steps=300, draft_tokens=0))
-    assert engine._column_ladder[0] > 300 and engine._column_ladder[-1] >= 812
+def test_more_steps_than_blocks_have_room_for():
+    """A dispatch draws more tokens than a row's context has room for, or than a block: what is beyond is nobody's."""
+    config = dataclasses.replace(LLAMA, context=192)
+    engine, params = make(config=config, settings=EngineConfig(rows=2, page_size=16, decode_steps=300, draft_tokens=0))
     count = engine.warm_up()
-    [(tokens, reason, _)] = engine.generate([[9, 10]], dataclasses.replace(GREEDY, max_tokens=310))
-    assert reason in ("end", "length") and engine.programs.count == count and tokens
+    samplings = [dataclasses.replace(GREEDY, max_tokens=count, logit_bias={str(END): -100.0}) for count in (310, 90)]
+    asked = list(zip([[9, 10], [11] * 80], samplings, strict=True))
+    found = engine.generate(*zip(*asked, strict=True))
+    assert [row.reason for row in found] == ["context", "length"] and engine.programs.count == count
+    assert [row[:2] for row in found] == [reference(params, *one, config=config) for one in asked]
 
 
 def test_logits_that_are_no_numbers_draw_a_known_token():

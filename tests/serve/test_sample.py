@@ -29,6 +29,12 @@ def test_top_k_and_top_p_by_their_definition(top_k, top_p):
         assert set(np.flatnonzero(logits[row] >= found[row])) == set(np.flatnonzero(logits[row] >= lowest))
 
 
+def in_rows(history_BM):
+    """Returns a history as `Sampler` takes it."""
+    rows, length = history_BM.shape
+    return history_BM, np.arange(rows)[:, None], np.arange(length)[None]
+
+
 def draw(logits, rows, index=0, history=None, prompt=None, length=None):
     size = logits.shape[0]
     history = np.zeros((size, 4), np.int32) if history is None else history
@@ -36,7 +42,7 @@ def draw(logits, rows, index=0, history=None, prompt=None, length=None):
 
     @jax.jit
     def run(arrays, logits):
-        sampler = Sampler(arrays, history, prompt, length, logits.shape[1], logits.shape[1])
+        sampler = Sampler(arrays, in_rows(history), prompt, length, logits.shape[1], logits.shape[1])
         return sampler.draw(logits, jnp.full(size, index), sampler.counts)
 
     return run(sampling_arrays(rows, size), logits)
@@ -72,7 +78,7 @@ def test_penalties_count_what_was_seen():
     def penalised(logits, arrays, prompt, length):
         from llmos_jax.serve.sample import _penalise
 
-        sampler = Sampler(arrays, history, np.array([prompt]), np.array([length]), 5, 5)
+        sampler = Sampler(arrays, in_rows(history), np.array([prompt]), np.array([length]), 5, 5)
         return _penalise(logits, sampler.counts, arrays)[0]
 
     found = jax.jit(penalised, static_argnums=(2, 3))(logits, sampling_arrays([(sampling, 0)], 1), 1, 4)
