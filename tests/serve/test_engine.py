@@ -317,7 +317,7 @@ def test_more_steps_than_blocks_have_room_for():
     samplings = [dataclasses.replace(GREEDY, max_tokens=count, logit_bias={str(END): -100.0}) for count in (310, 90)]
     asked = list(zip([[9, 10], [11] * 80], samplings, strict=True))
     found = engine.generate(*zip(*asked, strict=True))
-    assert [row.reason for row in found] == ["context", "length"] and engine.programs.count == count
+    assert [row[1] for row in found] == ["context", "length"] and engine.programs.count == count
     assert [row[:2] for row in found] == [reference(params, *one, config=config) for one in asked]
 
 
