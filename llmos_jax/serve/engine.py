@@ -425,9 +425,11 @@ class Engine:
         return next(rows for rows in self._row_ladder if rows >= len(requests))
 
     def _block_ladder(self, rows):
-        """Returns how many blocks of tokens decoding programs of so many rows have."""
-        least, most = (rows * blocks for blocks in (min(_LEAST_BLOCKS, self._most_blocks), self._most_blocks))
-        return _fine_ladder(least, most, min(2 * rows, _LEAST_BLOCKS))
+        """Returns how many blocks decoding programs of so many rows have: what others have, too, so that blocks are kept."""
+        least = min(_LEAST_BLOCKS, self._most_blocks)
+        ladder = _fine_ladder(least, self.settings.rows * self._most_blocks, 2)
+        most = next(count for count in ladder if count >= rows * self._most_blocks)
+        return [count for count in ladder if rows * least <= count <= most]
 
     def _pages_for(self, tokens):
         pages = self.pool.pages_for(tokens)

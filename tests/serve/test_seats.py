@@ -33,7 +33,8 @@ def test_whoever_stays_keeps_the_row_the_blocks_and_the_past():
     newcomer = take(b, d := request(3, computed=2))  # in the row of one who went, and a block of his
     assert (newcomer.requests, newcomer.blocks, newcomer.missing) == ((d, b, None, None), ((0,), (1, 2), (), ()), (0,))
     assert take(b, c, request(3)).is_new  # five blocks
-    assert take(b, c, rows=2).is_new
+    fewer = take(b, c, rows=2)  # one of them moves to another row, and keeps its blocks
+    assert (fewer.requests, fewer.blocks, fewer.missing, fewer.is_new) == ((c, b), ((2, 0), (1, 3)), (), False)
     c.preemptions = 1
     assert take(b, c).missing == (2,)
     c.preemptions, b.computed = 0, 9
