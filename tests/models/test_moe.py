@@ -304,10 +304,11 @@ def test_decoding_is_dropless_whatever_training_was():
     @jax.jit
     def step(tokens, cache, start):
         at = start + jnp.tile(jnp.arange(tokens.shape[1]), (2, 1))
-        read = read_step(jnp.zeros(2, jnp.int32), start)
+        rows = jnp.arange(2)  # a block each
+        read = read_step(rows, jnp.zeros(2, jnp.int32), rows, jnp.tile(start, 2))
         return model.decode(tokens, at, None, stages.run(model.stack, layers, cache, read, is_updated=True))
 
-    room = (jnp.zeros((4 * 2, 1, 8, 12)), jnp.zeros((4 * 2, 12, 8)))
+    room = (jnp.zeros((4, 2, 8, 12)), jnp.zeros((4, 2, 12, 8)))
     cache, hidden = [room] * SPARSE.layers, []
     for at in range(12):
         part, cache = step(tokens[:, at : at + 1], cache, at)
