@@ -72,9 +72,7 @@ def test_pages_are_read_where_they_lie(heads, groups, size, softcap):
         key, value = (pool[:, table_BP[row]].reshape(groups, -1, size)[:, :length].astype(jnp.float32) for pool in pools)
         query = query_BHK[row][None, None].astype(jnp.float32)
         with jax.default_matmul_precision("highest"):
-            expected = attend_cached(
-                query, [(key.swapaxes(1, 2), value)], None, length - 1, scale=0.25, softcap=softcap
-            )[0, 0]
+            expected = attend_cached(query, [(key.swapaxes(1, 2), value)], None, length - 1, scale=0.25, softcap=softcap)[0, 0]
         np.testing.assert_allclose(np.asarray(found[row], np.float32), expected, atol=2e-2)
 
 
