@@ -392,7 +392,9 @@ def _attend_row(query_G1RK, key_GNKW, value_GNWK, _owner_N, seen_NW, softcap):
     query_GNRK = jnp.broadcast_to(query_G1RK, (groups, blocks, *query_G1RK.shape[2:]))
     scores_GNRW = _capped(jnp.einsum("GNRK,GNKW->GNRW", query_GNRK, key_GNKW, **wide), softcap)
     scores_GRM = scores_GNRW.swapaxes(1, 2).reshape(groups, -1, blocks * width)
-    weights_GRM = jax.nn.softmax(jnp.where(seen_NW.reshape(-1), scores_GRM, HIDDEN)).astype(value_GNWK.dtype)
+    seen_M = seen_NW.reshape(-1)
+    # Hidden once more: where all that is seen scores lower than what is hidden, this must not become somebody else's values.
+    weights_GRM = jnp.where(seen_M, jax.nn.softmax(jnp.where(seen_M, scores_GRM, HIDDEN)), 0).astype(value_GNWK.dtype)
     weights_GNRW = weights_GRM.reshape(groups, -1, blocks, width).swapaxes(1, 2)
     # As one line XLA:CPU would have the values in two forms, and write each anew to add a token.
     return jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW, value_GNWK, **wide).sum(1)[:, None]
@@ -407,15 +409,18 @@ def _attend_blocks(query_GBRK, key_GNKW, value_GNWK, owner_N, seen_NW, softcap):
     largest_GRN = scores_GNRW.max(-1).swapaxes(1, 2)
     largest_GRB = jnp.where(is_owner_BN, largest_GRN[:, :, None], HIDDEN).max(-1)
     weights_GNRW = jnp.exp(scores_GNRW - largest_GRB[:, :, owner_N].swapaxes(1, 2)[..., None])
+    weights_GNRW = jnp.where(seen_NW[:, None], weights_GNRW, 0)  # as in `_attend_row`
     shares_GNRK = jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW.astype(value_GNWK.dtype), value_GNWK, **wide)
-    # Many small sums as one product; what is no number must not reach other rows by it.
+    # Many small sums as one product. What is no number must not reach other rows by it: it is counted, and stays in its own.
     parts_GNRP = jnp.concatenate([shares_GNRK, weights_GNRW.sum(-1, keepdims=True)], -1)
-    parts_GNRP = jnp.where(jnp.isfinite(parts_GNRP), parts_GNRP, 0)
+    is_finite_GNRP = jnp.isfinite(parts_GNRP)
+    bad_GNR1 = (~is_finite_GNRP).any(-1, keepdims=True).astype(jnp.float32)
+    parts_GNRP = jnp.concatenate([jnp.where(is_finite_GNRP, parts_GNRP, 0), bad_GNR1], -1)
     given = is_owner_BN.astype(jnp.float32), parts_GNRP
     sums_GBRP = jnp.einsum("BN,GNRP->GBRP", *given, precision=lax.Precision.HIGHEST)
-    sums_GBRK, total_GBR1 = jnp.split(sums_GBRP, [value_GNWK.shape[-1]], -1)
-    no_number_GBR1 = (largest_GRB - largest_GRB).swapaxes(1, 2)[..., None]  # else zero
-    return sums_GBRK / jnp.maximum(total_GBR1, jnp.finfo(jnp.float32).tiny) + no_number_GBR1
+    size = value_GNWK.shape[-1]
+    sums_GBRK, total_GBR1, bad_GBR1 = jnp.split(sums_GBRP, [size, size + 1], -1)
+    return jnp.where(bad_GBR1 > 0, jnp.nan, sums_GBRK / jnp.maximum(total_GBR1, jnp.finfo(jnp.float32).tiny))
 
 
 def _scaled(query, scale):

@@ -354,6 +354,15 @@ def test_blocks_are_the_definition(repeats, window, softcap, lengths, has_avx512
             np.testing.assert_allclose(actual[row], naive_row(*of_row)[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("score", [-1e32, -np.inf])
+def test_what_others_left_in_a_block_is_not_seen_even_by_the_lowest_scores(score, batch):
+    query, keys = jnp.full((batch, 1, 4), 1.0), jnp.full((1, 3, 4, 8), score)
+    given = np.array([0, 0, batch - 1]), np.arange(24).reshape(3, 8) < 5  # the others are nobody's
+    found = [attend_blocks(query, keys, jnp.ones((1, 3, 8, 4)).at[:, 1:].set(left), *given) for left in (1.0, 99.0)]
+    np.testing.assert_array_equal(found[0][0], found[1][0])
+
+
 def test_what_is_no_number_in_a_row_of_blocks_stays_there():
     query, key, value, _ = (np.array(x) for x in inputs(16, 2, batch=3))
     (keys, values), owner_N, position_NW = in_blocks((key, value), (16, 16, 16), 8, 6)
@@ -363,6 +372,9 @@ def test_what_is_no_number_in_a_row_of_blocks_stays_there():
         query[1, 0, 0] = bad
         actual = np.asarray(attend_blocks(query[:, 0], *given))
         assert not np.isfinite(actual[1, 0]).any() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
+    query[1], values[:, owner_N == 1] = 0, 2e38  # the sum of a block's values is too large
+    actual = np.asarray(attend_blocks(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
+    assert np.isnan(actual[1]).all() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     with pytest.raises(ConfigError, match=r"attention to blocks: queries .* do not fit keys"):
         attend_blocks(query[:, 0], keys, values, owner_N, position_NW < 16)
 
