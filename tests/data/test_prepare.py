@@ -8,6 +8,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pyarrow
@@ -81,8 +82,10 @@ def test_the_end_of_a_single_text_is_validation(tmp_path):
     assert len(texts_of(prepared, "validation")[0]) == round(len(text) / 10)
 
 
-def test_prepared_once_and_again_when_the_content_changes(tmp_path):
+def test_prepared_once_and_again_when_the_content_changes(tmp_path, monkeypatch):
     folder = write("folder", tmp_path / "in")
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     first = prepare(config(folder, tmp_path), log=lambda line: None)
     lines = []
     second = prepare(config(folder, tmp_path), log=lines.append)
@@ -91,6 +94,7 @@ def test_prepared_once_and_again_when_the_content_changes(tmp_path):
     third = prepare(config(folder, tmp_path), log=lambda line: None)
     assert third.stores[0][0].directory != first.stores[0][0].directory
     assert not list((tmp_path / "cache").glob("*.tmp*"))
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_tfds_source(tmp_path, monkeypatch):
