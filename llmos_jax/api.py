@@ -270,19 +270,21 @@ def _sole_writer(directory):
 
 
 def _run_training(settings, directory, launched, watchdog, preemption):
-    from llmos_jax.compute import devices, distributed, host
+    from llmos_jax.compute import devices, distributed
     from llmos_jax.compute.sharding import make_placement
     from llmos_jax.data.prepare import records_directory
     from llmos_jax.evaluate.evaluator import make_evaluator
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train import loop, privacy
-    from llmos_jax.train.settings import check_batch
+    from llmos_jax.train.settings import check_batch, check_positions
 
     prepare_platform(settings.train)
     distributed.check_count()
     placement = make_placement(settings.mesh)
     if settings.train.privacy is None:
         check_batch(settings, placement)  # what can't be cut is said before the data are prepared
+    check_positions(settings)
+    distributed.from_first("check", lambda: run_directory.check(directory, settings))
     build = functools.partial(
         config.unit("llmos_jax.tasks", settings.task.name).build,
         settings.task,
@@ -300,10 +302,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     if settings.train.privacy is not None:
         settings, trained = privacy.make_private(settings, task, placement)
     distributed.check_same(settings, data=trained.identity)
-    distributed.from_first("claim", lambda: run_directory.claim(directory, settings))
-    is_first = distributed.index() == 0
-    for name, text in task.artifacts.items() if is_first else ():
-        host.write_whole(directory / name, text)
+    distributed.from_first("check fitted", lambda: run_directory.check(directory, settings))
     machine = devices.describe_devices(placement.mesh.devices.flat)
     tokens = settings.train.batch_size * task.tokens_per_row
     logging.info("%s on %s, mesh %s", settings.name, machine, dict(placement.mesh.shape))
@@ -326,7 +325,7 @@ def _run_training(settings, directory, launched, watchdog, preemption):
     if settings.train.privacy is not None:
         summary["privacy"] = privacy.spent(settings, privacy.sampling_probability(settings, task), result.step)
         logging.info("%s", privacy.describe(summary["privacy"]))
-    if not is_first:
+    if distributed.index():
         return summary
     _report(settings, task, directory, summary)
     run_directory.mark_done(directory, summary)  # the last thing: until it stands, the same command does what is missing
@@ -396,15 +395,18 @@ def _warm_start(settings, artifacts, abstract):
 
 
 def _restore_params(directory, abstract, *, step=None, key="params"):
+    from llmos_jax.compute import memory
     from llmos_jax.train.checkpoint import CheckpointConfig, Checkpointer
-    from llmos_jax.train.loop import CHECKPOINTS
+    from llmos_jax.train.directory import CHECKPOINTS
 
     checkpoints = pathlib.Path(directory) / CHECKPOINTS
     if not checkpoints.is_dir():
         raise CheckpointError(f"{directory} has no checkpoint yet: train it first.")
     checkpointer = Checkpointer(checkpoints, CheckpointConfig())
     try:
-        return checkpointer.restore_part(abstract, key=key, step=step)
+        weights, advice = memory.bytes_per_device(abstract), "lay the weights over more devices (mesh.model, mesh.pipeline)"
+        with memory.explained("while weights were loaded", lambda: {"weights": weights}, advice):
+            return checkpointer.restore_part(abstract, key=key, step=step)
     finally:
         checkpointer.close()
 

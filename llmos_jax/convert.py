@@ -7,8 +7,7 @@ import pathlib
 
 from absl import logging
 
-from llmos_jax.compute.host import write_whole
-from llmos_jax.config import parse, to_json, unit
+from llmos_jax.config import parse, unit
 from llmos_jax.errors import CheckpointError, ConfigError, RunDirectoryError
 from llmos_jax.interop import huggingface, tokens
 from llmos_jax.interop.model_config import EXECUTION
@@ -74,7 +73,7 @@ def import_checkpoint(source, directory):
     from llmos_jax.data.prepare import DataConfig
     from llmos_jax.train import directory as run_directory
     from llmos_jax.train.checkpoint import CheckpointConfig, Checkpointer
-    from llmos_jax.train.loop import CHECKPOINTS
+    from llmos_jax.train.directory import CHECKPOINTS
     from llmos_jax.train.settings import Settings
 
     directory = pathlib.Path(directory)
@@ -90,12 +89,11 @@ def import_checkpoint(source, directory):
             raise CheckpointError(f"{directory} could not be written (the reason is above): mend it, and try again.")
     finally:
         checkpointer.close()
-    write_whole(directory / TOKENIZER_FILE, json.dumps(tokenizer.to_json()))
     origin = {"config": checkpoint.tree, "dtype": checkpoint.dtype}
-    write_whole(directory / ORIGIN_FILE, json.dumps(origin, indent=2) + "\n")
+    files = {TOKENIZER_FILE: json.dumps(tokenizer.to_json()), ORIGIN_FILE: json.dumps(origin, indent=2) + "\n"}
     data = DataConfig(tokenizer=str(directory / TOKENIZER_FILE))
     settings = Settings(name=checkpoint.folder.name, model=checkpoint.config, data=data)
-    write_whole(directory / run_directory.SETTINGS_FILE, to_json(settings))
+    run_directory.record(directory, settings, files)
     logging.info("%s (%s, %s) is %s, step 0", source, checkpoint.architecture.name, checkpoint.dtype, directory)
 
 

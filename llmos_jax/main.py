@@ -99,6 +99,7 @@ def _prepare(words, values, overrides, launched):
 
 def _dataset(words, values, overrides, launched):
     from llmos_jax.data.clean import dataset
+    from llmos_jax.train.directory import CHECKPOINTS
     from llmos_jax.train.lease import RunDirectoryLease
 
     action = words.pop(0) if words else "ls"
@@ -208,8 +209,8 @@ def _convert(words, values, overrides, launched):
 
 def _checkpoint(words, values, overrides, launched):
     from llmos_jax.train import checkpoint
+    from llmos_jax.train.directory import CHECKPOINTS
     from llmos_jax.train.lease import RunDirectoryLease
-    from llmos_jax.train.loop import CHECKPOINTS
 
     action = words.pop(0) if words else "ls"
     _no_more(words)

@@ -19,7 +19,7 @@ from llmos_jax import api, config
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.evaluate.evaluator import make_evaluator
 from llmos_jax.train.checkpoint import CheckpointConfig, Checkpointer
-from llmos_jax.train.loop import CHECKPOINTS
+from llmos_jax.train.directory import CHECKPOINTS
 from llmos_jax.train.state import describe_model
 
 

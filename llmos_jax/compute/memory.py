@@ -1,5 +1,7 @@
 """Device memory: what a compiled program needs, what a device has, and what to say when the first exceeds the second."""
 
+import contextlib
+
 import jax
 import numpy as np
 
@@ -7,7 +9,7 @@ from llmos_jax.compute import host
 from llmos_jax.errors import DeviceMemoryError
 
 _ADVICE = (
-    "lower train.batch_size or raise train.microbatches (activations), set model.remat=full (activations), lower data.length, "
+    "raise train.microbatches or lower train.batch_size (activations), set model.remat=full (activations), lower data.length, "
     "raise mesh.context (activations of long rows), set mesh.parameters=fsdp or raise mesh.model (parameters and optimizer), "
     "or take a smaller model"
 )
@@ -46,20 +48,46 @@ def compiled_bytes(compiled):
     }
 
 
-def check_fit(compiled, parts, limit_bytes):
+def check_fit(need, parts, limit_bytes):
     """Raises DeviceMemoryError, before anything is allocated, when a compiled step can't fit `limit_bytes`.
 
-    `parts`: {name: bytes per device} of the step's arguments, to say what takes the memory.
+    need: what `compiled_bytes` says of it. parts: {name: bytes per device} of its arguments, to say what takes the memory.
     """
-    need = compiled_bytes(compiled)
     if limit_bytes is not None and need["total"] > limit_bytes:
-        raise DeviceMemoryError(explain(need["total"], parts | {"activations": need["temporaries"]}, limit_bytes))
+        raise DeviceMemoryError(f"the training step needs {_account(need, parts, limit_bytes)}; {_ADVICE}.")
 
 
-def explain(total_bytes, parts, limit_bytes):
-    """Returns one sentence: what the step needs, what the device has, what takes it, what lowers it."""
-    taken = ", ".join(f"{name} {_gib(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size)
-    return f"the training step needs {_gib(total_bytes)} per device and there are {_gib(limit_bytes)}: {taken}; {_ADVICE}."
+def explain_failure(error, doing, need, parts, limit_bytes):
+    """Returns one sentence on a device that ran out: while doing what, how much the training step takes, what lowers it.
+
+    need, parts: as in `check_fit`; need is None where the step could not even be compiled.
+    """
+    if need is None:
+        taken = f"before what the step computes, there are {_listed(parts)}"
+    else:
+        taken = f"the training step needs {_account(need, parts, limit_bytes)}"
+    return f"the device ran out of memory {doing} ({first_words(error)}): {taken}; {_ADVICE}."
+
+
+@contextlib.contextmanager
+def explained(doing, parts, advice):
+    """Raises DeviceMemoryError for a device that runs out in the block: while doing what, what `parts()` take, what lowers it.
+
+    parts: a function that returns {name: bytes per device}.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DeviceMemoryError(
+            f"the device ran out of memory {doing} ({first_words(error)}): there are {_listed(parts())}; {advice}."
+        ) from error
+
+
+def first_words(error, most=300):
+    """Returns the beginning of an error's message as one line: XLA's go on with tables."""
+    return " ".join(str(error).split())[:most]
 
 
 def is_out_of_memory(error):
@@ -67,5 +95,17 @@ def is_out_of_memory(error):
     return isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def _gib(size):
-    return f"{size / 2**30:.2f} GiB"
+def _account(need, parts, limit_bytes):
+    """Returns what a step needs per device, what there is, and what takes it, the largest first."""
+    parts = parts | {"activations": need["temporaries"]}
+    parts["batch and other"] = max(0, need["total"] - sum(parts.values()))
+    there = "" if limit_bytes is None else f" and there are {_size(limit_bytes)}"
+    return f"{_size(need['total'])} per device{there}: {_listed(parts)}"
+
+
+def _listed(parts):
+    return ", ".join(f"{name} {_size(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size > 2**13)
+
+
+def _size(size):
+    return f"{size / 2**30:.2f} GiB" if size >= 2**28 else f"{size / 2**20:.2f} MiB"

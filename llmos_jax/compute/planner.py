@@ -62,7 +62,7 @@ def compile_and_read(lowered, compiler_options=None):
             compiled = xla.compile_lowered(lowered, dict(compiler_options or {}) | dump)
         except jax.errors.JaxRuntimeError as error:
             if memory.is_out_of_memory(error):
-                raise DeviceMemoryError(f"the step does not fit: {_first_sentence(error)}") from None
+                raise DeviceMemoryError(f"the step does not fit: {memory.first_words(error)}") from None
             raise
         finally:
             jax.config.update("jax_enable_compilation_cache", is_cached)
@@ -209,11 +209,6 @@ def _is_hidden(collective):
 
 def _row(name, text):
     return f"{name:20s} {text}"
-
-
-def _first_sentence(error):
-    text = " ".join(str(error).split())
-    return text[:300]
 
 
 def _is_jaxpr(value):

@@ -75,6 +75,11 @@ class DecoderConfig:
             )
 
     @property
+    def learns_positions(self):
+        """Whether there is a parameter for every position of the context."""
+        return False
+
+    @property
     def expert_hidden(self):
         """Hidden width of one expert."""
         return self.expert_mlp or self.hidden

@@ -26,6 +26,11 @@ class Config(decoder.DecoderConfig):
             raise ConfigError(f"model.width={self.width} is not divisible by model.heads={self.heads}.")
 
     @property
+    def learns_positions(self):
+        """Whether there is a parameter for every position of the context."""
+        return True
+
+    @property
     def head_size(self):
         """Width of one attention head."""
         return self.width // self.heads

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
+from llmos_jax.compute import memory
 from llmos_jax.config import setting
 from llmos_jax.errors import ConfigError
 from llmos_jax.models.attention_paged import pages_refusal
@@ -26,6 +27,11 @@ from llmos_jax.serve.seats import Seating, Seats
 
 # The fewest tokens of a row that have a program of their own.
 _LEAST_CONTEXT, _LEAST_CHUNK, _LEAST_BLOCKS = 256, 32, 256 // cache.BLOCK
+# To whoever's device runs out.
+_ADVICE = (
+    "give fewer prompts, lower cache_bytes, rows or prefill_tokens of the EngineConfig, or lay the weights over more devices "
+    "(mesh.model, mesh.pipeline)"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,9 +134,10 @@ class Engine:
         if len(self.scheduler):
             raise ConfigError(f"{len(self.scheduler)} requests still run: weights change between requests only.")
         self.release()
-        self._weights = (params, self.programs.split(params["stack"]["blocks"]))
-        given = self.family, self.config, self.pool.pages, self.settings.page_size, self.dtype, self.programs.stages
-        self._pools = cache.init_pools(*given)
+        with self._explained():
+            self._weights = (params, self.programs.split(params["stack"]["blocks"]))
+            given = self.family, self.config, self.pool.pages, self.settings.page_size, self.dtype, self.programs.stages
+            self._pools = cache.init_pools(*given)
 
     def release(self):
         """Gives the memory of weights and cache back; `load` takes it again. Compiled programs are kept."""
@@ -267,11 +274,21 @@ class Engine:
         return b"" if stretched is None else str(max(prompt_length, stretched)).encode()
 
     def _run(self, kind, rows, blocks=None, **static):
-        drawn, (self._pools, blocks) = self.programs.run(kind, self._weights, (self._pools, blocks), rows, **static)
-        self.counts[kind] += 1
-        if drawn and (rows["logprobs"] < 0).all():
-            drawn = (drawn[0], None)  # nobody asked for them: each array is a transfer
-        return jax.device_get(drawn), blocks
+        with self._explained():
+            drawn, (self._pools, blocks) = self.programs.run(kind, self._weights, (self._pools, blocks), rows, **static)
+            self.counts[kind] += 1
+            if drawn and (rows["logprobs"] < 0).all():
+                drawn = (drawn[0], None)  # nobody asked for them: each array is a transfer
+            return jax.device_get(drawn), blocks
+
+    def _explained(self):
+        """Says what takes the memory of a device that runs out in the block."""
+
+        def parts():
+            pools = self.pool.pages * cache.page_bytes(self.family, self.config, self.settings.page_size, self.dtype)
+            return {"weights": memory.bytes_per_device(self._weights), "cache, all devices": pools}
+
+        return memory.explained("while it generated", parts, _ADVICE)
 
     def _run_decode(self, seating):
         """Returns what a decoding program draws for a Seating."""

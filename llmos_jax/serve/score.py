@@ -6,12 +6,14 @@ so no cache is needed. What a row gets does not depend on its neighbours or on t
 
 import collections
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmos_jax.compute import memory
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import head
 
@@ -145,15 +147,17 @@ class Scorer:
         for index, (tokens, _) in enumerate(rows):
             by_length[next(length for length in self._lengths if length >= len(tokens))].append(index)
         found, pending = [None] * len(rows), []
-        for length, indices in sorted(by_length.items()):
-            for chunk, count in self._chunks(indices, length):
-                arrays = self._arrays([rows[index] for index in chunk], count, length)
-                self.shapes.add((kind, count, length))
-                pending.append((chunk, self._programs[kind](params, arrays)))
-        for chunk, outputs in pending:
-            outputs = [np.asarray(output) for output in outputs]
-            for place, index in enumerate(chunk):
-                found[index] = tuple(output[place] for output in outputs)
+        parts = functools.partial(_weights, params)
+        with memory.explained("while it read", parts, "give shorter texts, or lay the weights over more devices (mesh.model)"):
+            for length, indices in sorted(by_length.items()):
+                for chunk, count in self._chunks(indices, length):
+                    arrays = self._arrays([rows[index] for index in chunk], count, length)
+                    self.shapes.add((kind, count, length))
+                    pending.append((chunk, self._programs[kind](params, arrays)))
+            for chunk, outputs in pending:
+                outputs = [np.asarray(output) for output in outputs]
+                for place, index in enumerate(chunk):
+                    found[index] = tuple(output[place] for output in outputs)
         return found
 
     def _chunks(self, indices, length):
@@ -222,3 +226,7 @@ def _windows(targets, first, context, stride):
         stop = min(targets, max(first + stride, context))
         yield max(0, stop - context), stop, first
         first = stop
+
+
+def _weights(params):
+    return {"weights": memory.bytes_per_device(params)}

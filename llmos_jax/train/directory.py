@@ -12,6 +12,7 @@ SETTINGS_FILE = "settings.json"
 DONE_FILE = "DONE.json"
 LOG_FILE = "log.txt"
 METRICS_FILE = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 REPORT_FILE = "report.html"
 # Of what decides whose a directory is: how it is computed, where it is kept, how it is watched. What lowers memory is here.
 _MAY_CHANGE = (
@@ -46,21 +47,40 @@ def prepare_directory(directory):
     return directory
 
 
-def claim(directory, settings):
-    """Writes the resolved settings into a run directory, or compares them with those that are there.
+def check(directory, settings):
+    """Compares resolved settings with those of the run that a directory holds, if it holds one.
 
-    A run may go on with another mesh, rhythm or length; RunDirectoryError names what else differs.
+    A run may go on with another mesh, rhythm or length; RunDirectoryError names what else differs. One that took no step yet
+    is nobody's: whoever was told to lower a size must be able to.
     """
-    file = directory / SETTINGS_FILE
-    saved = read_settings(directory)
+    saved = read_settings(directory) if _has_begun(directory) else None
     if saved is not None:
-        changed = _identity_differences(saved, to_plain(settings))
+        changed = _identity_differences(saved, _fitted(settings, saved))
         if changed:
             raise RunDirectoryError(
                 f"{directory} holds another experiment ({'; '.join(changed[:5])}{'; ...' if len(changed) > 5 else ''}): "
                 "name another --workdir, or restore those settings."
             )
-    write_whole(file, to_json(settings))
+
+
+def record(directory, settings, artifacts):
+    """Writes the resolved settings and the task's files ({name: text}) into a run directory, the settings last.
+
+    RunDirectoryError when there is no room for them.
+    """
+    for name, text in {**artifacts, SETTINGS_FILE: to_json(settings)}.items():
+        try:
+            write_whole(directory / name, text)
+        except OSError as error:
+            raise RunDirectoryError(
+                f"{directory / name} could not be written ({error.strerror}): make room, or name another --workdir."
+            ) from error
+
+
+def _has_begun(directory):
+    """Whether a run has left more in a directory than its settings."""
+    metrics = directory / METRICS_FILE
+    return any((directory / CHECKPOINTS).glob("*")) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def read_settings(directory):
@@ -83,12 +103,7 @@ def finished(directory, settings):
     summary, saved = read_json(directory / DONE_FILE), read_settings(directory)
     if summary is None or saved is None:
         return None
-    asked = to_plain(settings)
-    if asked["model"].get("vocab_size") == 0:  # fitted to the tokenizer; what it became stands in the saved settings
-        asked["model"]["vocab_size"] = saved["model"].get("vocab_size")
-    if asked["train"]["privacy"] and asked["train"]["privacy"]["noise_multiplier"] is None:  # follows from the budget
-        asked["train"]["privacy"]["noise_multiplier"] = (saved["train"].get("privacy") or {}).get("noise_multiplier")
-    if _identity_differences(saved, asked):
+    if _identity_differences(saved, _fitted(settings, saved)):
         return None
     train = settings.train
     is_past_steps = train.steps is not None and summary["step"] >= train.steps
@@ -99,6 +114,16 @@ def finished(directory, settings):
 def mark_done(directory, summary):
     """Writes the marker of a run that has ended, with its summary."""
     write_whole(directory / DONE_FILE, json.dumps(summary, indent=2) + "\n")
+
+
+def _fitted(settings, saved):
+    """Returns plain settings; what follows from others once data are there is what it became in the saved ones."""
+    asked = to_plain(settings)
+    if asked["model"].get("vocab_size") == 0:  # fitted to the tokenizer
+        asked["model"]["vocab_size"] = saved["model"].get("vocab_size")
+    if asked["train"]["privacy"] and asked["train"]["privacy"]["noise_multiplier"] is None:  # follows from the budget
+        asked["train"]["privacy"]["noise_multiplier"] = (saved["train"].get("privacy") or {}).get("noise_multiplier")
+    return asked
 
 
 def _identity_differences(saved, asked):

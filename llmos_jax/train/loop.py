@@ -21,6 +21,7 @@ from llmos_jax.config import to_plain
 from llmos_jax.data.loader import Prefetcher
 from llmos_jax.errors import CheckpointError, DeviceMemoryError, Preempted
 from llmos_jax.tasks.base import make_batch
+from llmos_jax.train import directory as run_directory
 from llmos_jax.train import guard, optim
 from llmos_jax.train import state as states
 from llmos_jax.train.checkpoint import Checkpointer
@@ -31,7 +32,15 @@ from llmos_jax.train.metrics import MetricsWriter, Progress, ThroughputMeter, Ti
 from llmos_jax.train.preemption import Preemption
 from llmos_jax.train.settings import check_batch
 
-CHECKPOINTS = "checkpoints"
+# What a category of time is for whoever runs out of memory in it.
+_DOING = {
+    "compile": "while the training step was compiled",
+    "restore": "before the first step, where the state is made",
+    "step": "in a training step",
+    "evaluate": "in an evaluation",
+    "sample": "while samples were drawn",
+    "save_block": "while a checkpoint was saved",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +74,7 @@ class _Run:
     preemption: Preemption
     watchdog: Watchdog
     clock: SharedClock | None = None
+    need: dict | None = None  # bytes per device of the compiled step
     elapsed_before: float = 0.0
     evaluation: dict = dataclasses.field(default_factory=dict)
     evaluated_at: int | None = None
@@ -122,7 +132,7 @@ def train(
     account = TimeAccount(on_change=watchdog.mark)
     if launched is not None:
         account.merge({"init": time.time() - launched})
-    checkpointer = Checkpointer(directory / CHECKPOINTS, settings.checkpoint)
+    checkpointer = Checkpointer(directory / run_directory.CHECKPOINTS, settings.checkpoint)
     run = _Run(settings, task, placement, directory, handle, optimizer, account, checkpointer, preemption, watchdog)
     run.clock = SharedClock(run.time_share, checkpointer.is_time_due, placement.mesh)
     try:
@@ -130,8 +140,9 @@ def train(
     except Exception as error:
         if memory.is_out_of_memory(error):
             parts = state_parts(_abstract(run))
-            limit = memory.device_limit_bytes(jax.local_devices()[0]) or 0
-            raise DeviceMemoryError(memory.explain(sum(parts.values()), parts, limit)) from error
+            limit = memory.device_limit_bytes(jax.local_devices()[0])
+            doing = _DOING.get(account.failed_in, "while training")
+            raise DeviceMemoryError(memory.explain_failure(error, doing, run.need, parts, limit)) from error
         if distributed.count() > 1 and not isinstance(error, Preempted):
             checkpointer.abandon()  # its running save may wait for a process that is gone, or that this one leaves alone
         if distributed.is_peer_loss(error):
@@ -154,6 +165,8 @@ def _train(run, evaluate, sample, initial_params, launched):
         state, position = _restore_or_init(run, initial_params)
         # The first collective connects the processes, and gives up on one that compiles much longer than the others.
         distributed.barrier("ready")
+        # Nothing was refused: only now is what another command left there overwritten.
+        distributed.from_first("record", lambda: run_directory.record(run.directory, settings, task.artifacts))
     run.preemption.begin()
     host.return_free_memory()  # what compilation left, before the first step takes its temporaries
     logging.info("training from step %d to %s", position, config.steps or f"{config.max_seconds:g} s")
@@ -241,24 +254,25 @@ def _train(run, evaluate, sample, initial_params, launched):
                     _save(run, state, position)
             run.checkpointer.poll()
 
-            # ---- Fetch the batch, dispatch the step; read the metrics of the steps before it.
-            profile.before(position)
-            with account.spend("data_wait"):
-                batch = batches.get()
-            faults.strike(position + 1)
-            reading = run.clock.reading()
-            with account.spend("step"), jax.transfer_guard("disallow"):
-                state, metrics = compiled(state, batch, reading)
-            position += 1
-            pending.append((position, metrics))
-            if launched is not None:
-                jax.block_until_ready(metrics)
-                writer.write(position, {"start/first_step_seconds": time.time() - launched})
-                progress.message(f"first step done {time.time() - launched:.1f} s after launch")
-                launched = None
-            if len(pending) > config.log_every_steps:
-                flush(pending[:-1])
-                pending = pending[-1:]
+            # ---- Fetch the batch, dispatch the step; read the metrics of the steps before it: in `flush` and nowhere else.
+            with jax.transfer_guard_device_to_host("disallow"):
+                profile.before(position)
+                with account.spend("data_wait"):
+                    batch = batches.get()
+                faults.strike(position + 1)
+                reading = run.clock.reading()
+                with account.spend("step"), jax.transfer_guard("disallow"):
+                    state, metrics = compiled(state, batch, reading)
+                position += 1
+                pending.append((position, metrics))
+                if launched is not None:
+                    jax.block_until_ready(metrics)
+                    writer.write(position, {"start/first_step_seconds": time.time() - launched})
+                    progress.message(f"first step done {time.time() - launched:.1f} s after launch")
+                    launched = None
+                if len(pending) > config.log_every_steps:
+                    flush(pending[:-1])
+                    pending = pending[-1:]
             profile.after(position, state)
 
         # ---- The end: last metrics, evaluation, samples, checkpoint.
@@ -315,7 +329,8 @@ def _compile(run):
     traced, state = trace_step(run.settings, run.task, run.handle, run.optimizer, run.placement)
     device = jax.local_devices()[0]
     compiled = xla.compile_lowered(traced.lower(), xla.compiler_options(device, run.settings.train.compiler_options))
-    memory.check_fit(compiled, state_parts(state), memory.device_limit_bytes(device))
+    run.need = memory.compiled_bytes(compiled)
+    memory.check_fit(run.need, state_parts(state), memory.device_limit_bytes(device))
     return compiled
 
 

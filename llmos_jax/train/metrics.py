@@ -219,12 +219,14 @@ class TimeAccount:
     """Books every second of wall time to a category; the categories' sum is the wall time.
 
     `with account.spend("compile")`: a nested spend pauses the outer one. What nothing claims is idle.
-    `on_change(category)` is called with each category that is entered or returned to.
+    `on_change(category)` is called with each category that is entered or returned to. `failed_in`: the innermost category that
+    an exception left, or None.
     """
 
     def __init__(self, clock=time.perf_counter, on_change=lambda category: None):
         self._clock, self._stack, self._on_change = clock, ["idle"], on_change
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self.failed_in = None
         self._since = clock()
 
     @contextlib.contextmanager
@@ -237,6 +239,9 @@ class TimeAccount:
         self._on_change(category)
         try:
             yield
+        except BaseException:
+            self.failed_in = self.failed_in or category
+            raise
         finally:
             self._settle()
             self._stack.pop()

@@ -42,6 +42,8 @@ class TrainConfig:
             raise ConfigError(f"train.batch_size={self.batch_size} is not divisible by train.microbatches={self.microbatches}.")
         if self.profile_steps and len(self.profile_steps) != 2:
             raise ConfigError(f"train.profile_steps={list(self.profile_steps)} must be two steps: first, last.")
+        if self.init_from == "":
+            raise ConfigError("train.init_from is empty: name a run directory or hf:FOLDER, or set it to none.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +65,16 @@ class Settings:
 
 # A run directory belongs to what these decide; the rest (mesh, rhythm, checkpoints) may change when a run continues.
 IDENTITY = ("name", "seed", "model", "task", "data", "optim")
+
+
+def check_positions(settings):
+    """Raises ConfigError when records are too short to train all learned positions; a warm start may bring them trained."""
+    context, length = settings.model.context, settings.data.length
+    if settings.model.learns_positions and context > length and settings.train.init_from is None:
+        raise ConfigError(
+            f"model.context={context} is longer than the records' data.length={length}: the positions from {length} on would "
+            "never be trained; lower one or raise the other."
+        )
 
 
 def check_batch(settings, placement):

@@ -144,10 +144,10 @@ def test_what_does_not_fit_is_refused_with_its_reasons():
     compiled = jax.jit(lambda x: (x @ x).sum()).lower(jnp.ones((256, 256))).compile()
     need = memory.compiled_bytes(compiled)
     assert need["arguments"] == 256 * 256 * 4
-    memory.check_fit(compiled, {}, None)
-    memory.check_fit(compiled, {}, need["total"])
+    memory.check_fit(need, {}, None)
+    memory.check_fit(need, {}, need["total"])
     with pytest.raises(DeviceMemoryError, match=r"parameters 3.00 GiB.*optimizer 2.00 GiB.*train.microbatches") as error:
-        memory.check_fit(compiled, {"parameters": 3 * 2**30, "optimizer": 2**31}, need["total"] - 1)
+        memory.check_fit(need, {"parameters": 3 * 2**30, "optimizer": 2**31}, need["total"] - 1)
     assert error.value.exit_code == 78
 
 

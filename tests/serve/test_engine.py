@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from llmos_jax import config as config_lib
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
-from llmos_jax.errors import ConfigError
+from llmos_jax.errors import ConfigError, DeviceMemoryError
 from llmos_jax.models import attention_paged, few_rows, gpt, llama
 from llmos_jax.models.rope import RopeConfig
 from llmos_jax.serve import cache, programs
@@ -297,6 +297,17 @@ def test_an_exception_in_a_step_loses_no_news(made, monkeypatch):
     while len(engine.scheduler):
         told += engine.step()
     assert {event.id: event.tokens for event in told} == {first: alone[0], second: alone[1]}
+
+
+def test_a_device_that_runs_out_says_what_takes_its_memory(made, monkeypatch):
+    def run_out(*_, **__):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    engine, _ = made
+    monkeypatch.setattr(engine.programs, "run", run_out)
+    with pytest.raises(DeviceMemoryError, match=r"while it generated .*5 bytes.*weights \d.* MiB.*lower cache_bytes"):
+        engine.generate([[8, 9, 10]], GREEDY)
+    assert_empty(engine)
 
 
 def test_blocks_are_given_up_with_their_last_request(made):

@@ -11,7 +11,7 @@ import pytest
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.data.tokenizer import ByteTokenizer
-from llmos_jax.errors import ConfigError
+from llmos_jax.errors import ConfigError, DeviceMemoryError
 from llmos_jax.models import gpt, llama
 from llmos_jax.models.rope import RopeConfig
 from llmos_jax.serve.generate import Generator
@@ -98,6 +98,16 @@ def test_scores_are_those_of_each_row_alone(family, config):
         np.testing.assert_allclose(score.token_logprobs, logprobs, **CLOSE)
         assert score.loglikelihood == pytest.approx(sum(logprobs), abs=1e-3)
         assert score.is_greedy == (best == list(score.tokens))
+
+
+def test_a_device_that_runs_out_says_what_takes_its_memory(monkeypatch):
+    def run_out(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    model = make(gpt, GPT)
+    monkeypatch.setitem(model._scorer._programs, "score", run_out)
+    with pytest.raises(DeviceMemoryError, match=r"while it read .*5 bytes.*weights \d.* MiB; give shorter texts"):
+        model.score(["a"], ["b"])
 
 
 def test_greedy_continuations_are_found(model):
