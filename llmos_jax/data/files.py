@@ -10,6 +10,7 @@ import json
 import lzma
 import os
 import pathlib
+import stat
 import zlib
 
 from llmos_jax.config import fingerprint
@@ -34,6 +35,8 @@ _CACHES = ("simplecache", "filecache", "blockcache", "cached")
 # Questions for the facts of one file that are asked at once.
 _QUESTIONS = 32
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+# What a path can be beside a file, a folder and a link to nothing.
+_ODDITIES = ((stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"))
 # What Hugging Face's `save_to_disk` lays beside its .arrow files.
 _BESIDE_ARROW = ("dataset_info.json", "state.json", "dataset_dict.json")
 # All that decompression and reading raise on damage.
@@ -291,16 +294,28 @@ def _list_local(text):
         return list_local([path], path.parent)
     if path.is_dir():
         return list_local(sorted(_walk(path)), path)
+    if os.path.lexists(path):
+        raise ConfigError(f"data source {text!r} is {_oddity(path)}: name a file or a folder.")
     parent = path.parent if path.parent.is_dir() else pathlib.Path(".")
     near = difflib.get_close_matches(path.name, [entry.name for entry in parent.iterdir()], n=1)
     hint = f"; did you mean {parent / near[0]}?" if near else ""
     raise ConfigError(f"data source {text!r} does not exist{hint}")
 
 
+def _oddity(path):
+    """Returns what a path is that is there and neither a file nor a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        return f"a symbolic link to {printable(os.readlink(path))}, which can't be followed ({error.strerror})"
+    return next((name for is_kind, name in _ODDITIES if is_kind(mode)), "neither a file nor a folder")
+
+
 def _walk(root):
     """Yields all files below a folder, and links to nothing and folders that can't be listed, which reading names.
 
-    Folders behind links come after all others: a link to one of those, or to what holds it, adds nothing.
+    Folders behind links come after all others: a link to one of those, or to what holds it, adds nothing. Pipes, sockets and
+    devices, and links to them, are passed over: reading them may never end.
     """
     folders, links, seen = [root], [], set()
     while folders or links:
@@ -319,7 +334,7 @@ def _walk(root):
                 continue
             if entry.is_dir():
                 (links if entry.is_symlink() else folders).append(entry)
-            elif entry.is_file() or entry.is_symlink():
+            elif entry.is_file() or (entry.is_symlink() and not entry.exists()):
                 yield entry
 
 

@@ -26,6 +26,8 @@ from llmos_jax.errors import ConfigError, DataError, DataIdentityMismatch
 _TOKENIZER_SAMPLE_CHARACTERS = 16_000_000
 _TOKENIZER_PIECE_CHARACTERS = 50_000
 TOKENIZER_FILE = "tokenizer.json"
+# Names the files of the source that were left out, where there are any.
+LEFT_OUT_FILE = "left-out.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,7 @@ class PreparedData:
 def prepare(config, *, log=print):
     """Returns the PreparedData of a DataConfig; what was prepared before from the same content is only opened.
 
+    How many files of a source were left out is logged each time, with the file beside the records that names them.
     A source that is already a prepared folder is used as it is; DataIdentityMismatch when its tokenizer or length is
     not the one that is asked for. Raises ConfigError and DataError as `sources` does.
     """
@@ -117,8 +120,9 @@ def prepare(config, *, log=print):
         tokenizer = _tokenizer(config, inputs, cache, log)
     made = iter([_prepare_one(config, item, tokenizer, cache, log) for item in inputs])
     stores = [Store(folder if folder is not None else next(made), **options) for folder in folders]
-    for store in stores:
+    for source, store in zip(config.sources, stores, strict=True):
         _check(config, store, tokenizer)
+        _tell_left_out(source, store, log)
     weights = [source.weight for source in config.sources]
     stages = tuple((stage.from_step, stage.weights) for stage in config.stages)
     limits = tuple(source.max_epochs for source in config.sources)
@@ -138,12 +142,12 @@ class _Input:
         digest = hashlib.sha256(os.fsencode(document.key)).digest()
         return "validation" if int.from_bytes(digest[:8], "big") < fraction * 2**64 else "train"
 
-    def documents(self, fraction, log):
+    def documents(self, fraction, log, left_out=None):
         """Yields (split, Document): by document, or for one text file by position (its end is validation).
 
         Of two documents or more no split stays empty: the first document is dealt last, and fills the one that is.
         """
-        documents = sources_lib.read_documents(self.source, self.files, log)
+        documents = sources_lib.read_documents(self.source, self.files, log, left_out)
         if sources_lib.is_single_text(self.source, self.files):
             (document,) = documents
             cut = len(document.text) - max(1, round(len(document.text) * fraction))
@@ -159,10 +163,13 @@ class _Input:
         empty = [split for split in SPLITS if split not in seen]
         yield empty[0] if len(empty) == 1 else self.split_of(first, fraction), first
 
-    def survey(self, fraction, log):
-        """Returns what the manifest says of the texts: documents, bytes, and what gzip makes of the validation split."""
+    def survey(self, fraction, log, left_out):
+        """Returns what the manifest says of the texts: documents, bytes, and what gzip makes of the validation split.
+
+        left_out: a LeftOut, which gets the files that are left out.
+        """
         documents, sizes, packed = dict.fromkeys(SPLITS, 0), dict.fromkeys(SPLITS, 0), _GzipSize()
-        for split, document in self.documents(fraction, log):
+        for split, document in self.documents(fraction, log, left_out):
             content = document.text.encode()
             documents[split] += 1
             sizes[split] += len(content)
@@ -176,6 +183,7 @@ class _Input:
             "train_bytes": sizes["train"],
             "validation_bytes": sizes["validation"],
             "validation_gzip_bytes": packed.finish(),
+            "left_out": {"count": left_out.count, "files": len(self.files)},
         }
 
     def _content(self, cache):
@@ -273,7 +281,8 @@ def _prepare_one(config, item, tokenizer, cache, log):
     if is_store(folder):
         return folder
     start = time.perf_counter()
-    surveyed = item.survey(config.validation_fraction, log)
+    left_out = sources_lib.LeftOut()
+    surveyed = item.survey(config.validation_fraction, log, left_out)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.int32
     streams = {split: _Stream(item, split, config, tokenizer, dtype) for split in SPLITS}
 
@@ -291,8 +300,11 @@ def _prepare_one(config, item, tokenizer, cache, log):
             "validation_fraction": config.validation_fraction,
             "tokens": {split: stream.tokens for split, stream in streams.items()},
         }
-        lineages = {lineage_file(split): stream.lineage.finish() for split, stream in streams.items()}
-        return manifest, lineages | {TOKENIZER_FILE: json.dumps(tokenizer.to_json()).encode()}
+        files = {lineage_file(split): stream.lineage.finish() for split, stream in streams.items()}
+        files[TOKENIZER_FILE] = json.dumps(tokenizer.to_json()).encode()
+        if left_out.count:
+            files[LEFT_OUT_FILE] = left_out.text().encode("utf-8", "backslashreplace")
+        return manifest, files
 
     splits = {split: stream.records() for split, stream in streams.items()}
     write_store(folder, splits, length=config.length, dtype=dtype, finish=finish)
@@ -353,6 +365,14 @@ class _GzipSize:
     def finish(self):
         self._file.close()
         return self._sink.tell()
+
+
+def _tell_left_out(source, store, log):
+    """Says how many files were left out when a source was prepared, and where they are named; older records don't know."""
+    left_out = store.manifest.get("left_out")
+    if left_out and left_out["count"]:
+        file = store.directory / LEFT_OUT_FILE
+        log(f"{source.path}: left out {left_out['count']} of {left_out['files']} files; {file} names each and says why.")
 
 
 def _silent(line):

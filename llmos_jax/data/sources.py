@@ -15,6 +15,9 @@ from llmos_jax.data.readers import FORMATS, format_of, read_file
 from llmos_jax.data.tfds_files import list_tfds
 from llmos_jax.errors import ConfigError, DataError
 
+# Lines on files that were left out that are kept; all are counted.
+_MOST_LINES = 100_000
+
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
@@ -72,6 +75,23 @@ class Document:
     metadata: dict = dataclasses.field(default_factory=dict)
 
 
+class LeftOut:
+    """The files of a source that were left out: how many, and for each of the first a line that names it and says why."""
+
+    def __init__(self):
+        self.count, self.lines = 0, []
+
+    def add(self, line):
+        self.count += 1
+        if self.count <= _MOST_LINES:
+            self.lines.append(line.replace("\n", "\\n"))  # which a file's name may hold
+
+    def text(self):
+        """Returns the content of the file that names them."""
+        rest = self.count - len(self.lines)
+        return "".join(f"{line}\n" for line in self.lines) + (f"... and {rest} more\n" if rest else "")
+
+
 def list_files(source):
     """Returns the SourceFiles of a source in a fixed order; ConfigError names a path that does not exist."""
     if source.path.startswith(TFDS):
@@ -110,14 +130,14 @@ def read_records(source, file, limit=None):
             yield Document(key, item[1], licence | item[2])
 
 
-def read_documents(source, files, log=print):
+def read_documents(source, files, log=print, left_out=None):
     """Yields the Documents of a source, in a fixed order and one file at a time.
 
     Documents without any text are passed over. In a folder, files that are empty, binary, unreadable or undecodable are
     counted, named and left out (from the place of the damage on); DataError when nothing is left, when the only file that
-    was asked for is bad, or when a file of a clean dataset is.
+    was asked for is bad, or when a file of a clean dataset is. left_out: a LeftOut, which gets all of them.
     """
-    left_out, total = [], 0
+    left_out, total = left_out or LeftOut(), 0
     for file in files:
         count = 0
         try:
@@ -131,14 +151,14 @@ def read_documents(source, files, log=print):
         except DataError as error:
             if len(files) == 1 or file.path.startswith(DATASET):
                 raise
-            left_out.append(f"{error} Its {count} documents before that are used." if count else str(error))
+            left_out.add(f"{error} Its {count} documents before that are used." if count else str(error))
         total += count
-    if left_out:
-        log(f"{source.path}: left out {len(left_out)} of {len(files)} files:")
-        for line in left_out[:3]:
+    if left_out.count:
+        log(f"{source.path}: left out {left_out.count} of {len(files)} files:")
+        for line in left_out.lines[:3]:
             log(f"  {line}")
-        if len(left_out) > 3:
-            log(f"  ... and {len(left_out) - 3} more")
+        if left_out.count > 3:
+            log(f"  ... and {left_out.count - 3} more")
     if not total:
         raise DataError(f"data source {source.path}: none of its {len(files)} files holds text.")
 

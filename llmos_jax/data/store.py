@@ -20,6 +20,14 @@ from llmos_jax.errors import DataError
 MANIFEST_FILE = "manifest.json"
 FORMAT = 3
 SPLITS = ("train", "validation")
+# What a manifest of this format says at the least: types, tuples of choices, and dicts and lists of these.
+_SHAPE = {
+    "content": str, "packing": str, "tokenizer": str, "dtype": ("uint16", "int32"), "length": int, "vocab_size": int,
+    "validation_fraction": float, "validation_bytes": int, "validation_gzip_bytes": int,
+    "files": {split: [{"name": str, "records": int, "bytes": int}] for split in SPLITS},
+}  # fmt: skip
+# What the manifests of earlier releases do not say.
+_LATER = {"left_out": {"count": int, "files": int}}
 _TEMPORARY = ".tmp-"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -222,8 +230,28 @@ def _read_manifest(directory):
     file = directory / MANIFEST_FILE
     try:
         manifest = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{file} can't be read ({error}): delete {directory} to have it prepared again.") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise DataError(f"{file} is not a manifest of format {FORMAT}: prepare {directory} again.")
+    fault = _fault(manifest, _SHAPE | {name: shape for name, shape in _LATER.items() if name in manifest})
+    if fault:
+        raise DataError(f"{file} is damaged ({fault}): delete {directory} to have it prepared again.")
     return manifest
+
+
+def _fault(value, shape, name=""):
+    """Returns the first thing in a JSON value that is not of a shape such as `_SHAPE`, none if all is."""
+    if value is None:
+        return f"{name} is missing"
+    if isinstance(shape, tuple):
+        return None if value in shape else f"{name} is {value!r}, not one of {', '.join(shape)}"
+    kind = shape if isinstance(shape, type) else type(shape)
+    if type(value) is not kind:
+        return f"{name} is of type {type(value).__name__}, not {kind.__name__}"
+    parts = []
+    if isinstance(shape, dict):
+        parts = [(value.get(key), part, f"{name}.{key}".lstrip(".")) for key, part in shape.items()]
+    elif isinstance(shape, list):
+        parts = [(item, shape[0], f"{name}[{number}]") for number, item in enumerate(value)]
+    return next(filter(None, (_fault(*part) for part in parts)), None)

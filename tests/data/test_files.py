@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import socket
 
 import fsspec
 import pyarrow
@@ -97,6 +98,31 @@ def test_a_folder_that_cannot_be_listed_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(pathlib.Path, "iterdir", iterdir)  # root may list everything
     documents, bad = read(tmp_path / "in")
     assert len(documents) == 1 and len(bad) == 1 and "locked can't be read" in bad[0]
+
+
+def test_what_is_neither_file_nor_folder_is_named(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link.txt").symlink_to(tmp_path / "gone.txt")
+    (tmp_path / "to-link").symlink_to("link.txt")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "to-pipe").symlink_to("pipe")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(tmp_path / "socket"))
+    server.close()
+    for name, words in (
+        ("pipe", "is a pipe"),
+        ("link.txt", rf"is a symbolic link to {tmp_path}/gone.txt, which can't be followed \(No such file"),
+        ("to-link", r"is a symbolic link to link.txt, which can't be followed \(No such file"),
+        ("loop", r"is a symbolic link to loop, which can't be followed \(Too many levels"),
+        ("to-pipe", "is a pipe"),
+        ("socket", "is a socket"),
+    ):
+        with pytest.raises(ConfigError, match=f"^data source '{tmp_path}/{name}' {words}.*: name a file or a folder"):
+            list_path(str(tmp_path / name))
+    with pytest.raises(ConfigError, match="'/dev/null' is a device"):
+        list_path("/dev/null")
+    (tmp_path / "a.txt").write_text("text")  # in a folder, links to nothing are told of and what may never end is not read
+    assert [file.key for file in list_path(str(tmp_path))] == ["a.txt", "link.txt", "loop", "to-link"]
 
 
 def arrow(rows):

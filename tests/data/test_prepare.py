@@ -19,6 +19,7 @@ import zstandard
 from llmos_jax.compute.host import process_start
 from llmos_jax.config import Override, parse, to_plain
 from llmos_jax.data import prepare as prepare_lib
+from llmos_jax.data import sources as sources_lib
 from llmos_jax.data.loader import Loader
 from llmos_jax.data.prepare import DataConfig, SourceConfig, prepare
 from llmos_jax.data.store import MANIFEST_FILE, Store
@@ -131,6 +132,41 @@ def test_bad_files_of_a_folder_are_named_and_counted(tmp_path):
     text = "\n".join(lines)
     assert "left out 3 of 63 files" in text
     assert all(word in text for word in ("empty.txt is empty", "binary.txt is binary", "latin.txt is not UTF-8 (byte 3)"))
+
+
+def test_all_files_that_were_left_out_are_named_beside_the_records_and_counted_each_time(tmp_path, monkeypatch):
+    folder = write("folder", tmp_path / "in")
+    for number in range(9):
+        (folder / f"empty{number}.txt").write_text("")
+    (folder / "two\nlines.txt").write_bytes(b"\0")
+    first, second = [], []
+    directory = prepare(config(folder, tmp_path), log=first.append).stores[0][0].directory
+    named = (directory / "left-out.txt").read_text().splitlines()
+    assert named == [*(f"{folder}/empty{number}.txt is empty." for number in range(9)),
+                     rf"{folder}/two\nlines.txt is binary, not text."]  # fmt: skip
+    told = f"{folder}: left out 10 of 70 files; {directory}/left-out.txt names each and says why."
+    assert first[-1] == told and sum(line.startswith("  ") for line in first) == 4
+    assert prepare(config(folder, tmp_path), log=second.append).stores[0][0].directory == directory
+    assert second == [told]
+    as_source = []
+    prepare(config(directory, tmp_path), log=as_source.append)
+    assert as_source == [f"{directory}{told.removeprefix(str(folder))}"]
+    monkeypatch.setattr(sources_lib, "_MOST_LINES", 4)
+    few = prepare(config(folder, tmp_path, length=32), log=lambda line: None).stores[0][0]
+    assert (few.directory / "left-out.txt").read_text().splitlines() == [*named[:4], "... and 6 more"]
+    assert few.manifest["left_out"] == {"count": 10, "files": 70}
+
+
+def test_what_was_left_out_is_no_part_of_the_identity_and_unknown_of_older_records(tmp_path):
+    folder = write("folder", tmp_path / "in")
+    (folder / "empty.txt").write_text("")
+    store = prepare(config(folder, tmp_path), log=lambda line: None).stores[0][0]
+    assert set(store.identity) == {"content", "packing", "tokenizer", "vocab_size", "length", "validation_fraction"}
+    older = {name: value for name, value in store.manifest.items() if name != "left_out"}
+    (store.directory / MANIFEST_FILE).write_text(json.dumps(older))
+    lines = []
+    again = prepare(config(folder, tmp_path), log=lines.append).stores[0][0]
+    assert again.directory == store.directory and again.identity == store.identity and not lines
 
 
 def test_what_a_folder_holds_beside_good_documents(tmp_path):
@@ -309,6 +345,28 @@ def test_cut_empty_foreign_and_missing_records(tmp_path):
     (store.directory / MANIFEST_FILE).write_text("{")
     with pytest.raises(DataError, match="manifest.json can't be read"):
         Store(store.directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda manifest: {"format": manifest["format"]}, "content is missing"),
+        (lambda manifest: manifest | {"length": "64"}, "length is of type str, not int"),
+        (lambda manifest: manifest | {"dtype": "nonsense"}, "dtype is 'nonsense', not one of uint16, int32"),
+        (lambda manifest: manifest | {"files": []}, "files is of type list, not dict"),
+        (lambda manifest: manifest | {"files": {"train": [[]]}}, r"files.train\[0\] is of type list, not dict"),
+        (lambda manifest: manifest | {"files": {"train": []}}, "files.validation is missing"),
+        (lambda manifest: manifest | {"files": {"train": [{"name": "a"}]}}, r"files.train\[0\].records is missing"),
+        (lambda manifest: manifest | {"left_out": 3}, "left_out is of type int, not dict"),
+        (lambda manifest: [manifest], "is not a manifest of format"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_damaged(change, words, tmp_path):
+    _, store, _ = damaged_store(tmp_path)
+    (store.directory / MANIFEST_FILE).write_text(json.dumps(change(store.manifest)))
+    for opened in (lambda: Store(store.directory), lambda: prepare(config(tmp_path / "in", tmp_path), log=lambda line: None)):
+        with pytest.raises(DataError, match=f"manifest.json .*{words}.*{store.directory}"):
+            opened()
 
 
 def test_corrupt_records_are_named_or_skipped(tmp_path, caplog):
