@@ -2,6 +2,7 @@
 
 import functools
 import re
+import tracemalloc
 import types
 
 import jax
@@ -14,6 +15,7 @@ from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
+from llmos_jax.models import attention_cpu
 from llmos_jax.models.attention import attend, attend_blocks, attend_cached
 
 MASKS = {
@@ -166,6 +168,25 @@ def test_blocked_skips_what_the_mask_hides():
     everything = flops(is_causal=False)
     assert flops() < 0.6 * everything
     assert flops(window=64) < 0.2 * everything
+
+
+@pytest.mark.parametrize("mask", ["causal", "window", "window+segments"])
+def test_masks_that_the_program_computes_equal_constant_ones(mask, monkeypatch):
+    tensors = inputs(200, 2)
+    expected = run("blocked", tensors, **MASKS[mask])
+    monkeypatch.setattr(attention_cpu, "_MOST_CONSTANT", 0)
+    for a, e in zip(run("blocked", tensors, **MASKS[mask]), expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def test_tracing_long_rows_takes_little_memory():
+    tensors = [jax.ShapeDtypeStruct((1, 60_000, 1, 8), jnp.float32)] * 4
+    tracemalloc.start()
+    try:
+        jax.eval_shape(make_step("blocked"), *tensors)
+        assert tracemalloc.get_traced_memory()[1] < 50e6
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "xla", "reference"])
