@@ -4,8 +4,10 @@ import json
 import logging as python_logging
 import os
 import pathlib
+import select
 import sys
 import time
+import typing
 
 from absl import flags, logging
 
@@ -30,18 +32,35 @@ _USAGE = """usage: llmos [VERB] [flags]
   convert     --to=hf:FOLDER --workdir=DIR [--step=STEP --dtype=float32|bfloat16|float16]: a run for transformers
   checkpoint  ls | verify | gc  --workdir=DIR [--keep=N]
 """
+# What a shell says of a process that SIGPIPE ended.
+_EXIT_NO_READER = 141
 
 
 def main(argv=None):
-    """Runs one command and returns its exit code (`errors` lists them)."""
+    """Runs one command and returns its exit code: those of `errors`, or 141 when whoever read its output is gone."""
+    try:
+        code = _main(list(sys.argv if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        lost = [stream for stream in (sys.stdout, sys.stderr) if stream is not None and _has_lost_its_reader(stream)]
+        if not lost:  # another pipe
+            raise
+        for stream in lost:  # the interpreter writes what is left when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return _EXIT_NO_READER
+
+
+def _main(argv):
     launched = _launch_time()
     _log_plainly()
     try:
-        words, values, overrides = _parse(list(sys.argv if argv is None else argv))
-        verb = words.pop(0) if words else "train"
-        if verb not in _VERBS:
-            raise errors.ConfigError(f"there is no verb {verb!r}; known: {', '.join(_VERBS)}.\n\n{_USAGE}")
-        _VERBS[verb](words, values, overrides, launched)
+        words, values, overrides = _parse(argv)
+        if values.help:
+            print(_USAGE)
+        else:
+            _VERBS[words.pop(0) if words else "train"].run(words, values, overrides, launched)
     except errors.LlmosError as error:
         distributed.report(error)
         return _leave(error.exit_code)
@@ -62,6 +81,12 @@ def _leave(code):
     if distributed.count() > 1:
         distributed.leave(code)
     return code
+
+
+def _has_lost_its_reader(stream):
+    poller = select.poll()
+    poller.register(stream.fileno(), select.POLLOUT)
+    return any(events & (select.POLLERR | select.POLLHUP) for _, events in poller.poll(0))
 
 
 def console():
@@ -99,7 +124,6 @@ def _prepare(words, values, overrides, launched):
 
 def _dataset(words, values, overrides, launched):
     from llmos_jax.data.clean import dataset
-    from llmos_jax.train.directory import CHECKPOINTS
     from llmos_jax.train.lease import RunDirectoryLease
 
     action = words.pop(0) if words else "ls"
@@ -233,18 +257,27 @@ def _checkpoint(words, values, overrides, launched):
         raise errors.ConfigError(f"checkpoint {action!r} is unknown; known: ls, verify, gc.")
 
 
+class _Verb(typing.NamedTuple):
+    """What runs a verb, and the flags that it takes: any other one would be a wish that nobody fulfils."""
+
+    run: typing.Callable
+    flags: tuple[str, ...]
+
+
 _SAMPLING = ("max_tokens", "temperature", "top_k", "top_p", "seed", "n")
 _VERBS = {
-    "train": _train,
-    "plan": _plan,
-    "prepare": _prepare,
-    "dataset": _dataset,
-    "generate": _generate,
-    "chat": _chat,
-    "evaluate": _evaluate,
-    "convert": _convert,
-    "checkpoint": _checkpoint,
+    "train": _Verb(_train, ("config", "workdir")),
+    "plan": _Verb(_plan, ("config", "topology", "json")),
+    "prepare": _Verb(_prepare, ("config", "workdir")),
+    "dataset": _Verb(_dataset, ("workdir", "version", "keep", "drop_cache", "key", "text", "records", "record")),
+    "generate": _Verb(_generate, ("workdir", "prompt", "prompt_file", "stop", "step", *_SAMPLING)),
+    "chat": _Verb(_chat, ("workdir", "system", "stop", "step", *_SAMPLING)),
+    "evaluate": _Verb(_evaluate, ("workdir", "text", "choices", "stride", "step", "json")),
+    "convert": _Verb(_convert, ("workdir", "from", "to", "step", "dtype")),
+    "checkpoint": _Verb(_checkpoint, ("workdir", "keep")),
 }
+# What a flag of another verb is called among the settings of a training.
+_TRAINING = {"seed": "seed", "keep": "checkpoint.keep", "temperature": "task.temperature", "max_tokens": "task.sample_tokens"}
 
 
 def _parse(argv):
@@ -291,10 +324,35 @@ def _parse(argv):
         words = values([argv[0], *rest])[1:]
     except flags.Error as error:
         raise errors.ConfigError(f"{error}\n\n{_USAGE}") from None
-    if values.help:
-        print(_USAGE)
-        sys.exit(0)
+    if not values.help:
+        _check_flags(words[0] if words else "train", values, overrides)
     return words, values, overrides
+
+
+def _check_flags(verb, values, overrides):
+    """Raises ConfigError on a verb that is none, on flags that it does not take, and on texts that are no UTF-8."""
+    if verb not in _VERBS:
+        raise errors.ConfigError(f"there is no verb {verb!r}; known: {', '.join(_VERBS)}.\n\n{_USAGE}")
+    given = [(name, name) for name in values if values[name].present] + [(f"config.{path}", "config") for path, _ in overrides]
+    for flag, name in given:
+        if name in _VERBS[verb].flags:
+            continue
+        takers = ", ".join(other for other, known in _VERBS.items() if name in known.flags)
+        instead = f"; set --config.{_TRAINING[name]}" if verb == "train" and name in _TRAINING else ""
+        raise errors.ConfigError(f"--{flag} is no flag of {verb} (but of {takers}){instead}.")
+    for name in ("prompt", "system", "stop", "key", "text"):  # paths may hold any bytes
+        value = values[name].value
+        for text in value if isinstance(value, list) else [value]:
+            if text is not None and (verb, name) != ("evaluate", "text") and not _is_utf8(text):
+                raise errors.ConfigError(f"--{name}={text!r} is not UTF-8: write it in that encoding.")
+
+
+def _is_utf8(text):
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _sampling(values):

@@ -6,6 +6,8 @@ import json
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +17,7 @@ import pytest
 
 from llmos_jax import api
 from llmos_jax.compute.sharding import make_placement
-from llmos_jax.main import _parse, main
+from llmos_jax.main import _VERBS, _parse, main
 from llmos_jax.models import gpt
 from llmos_jax.train.lease import RunDirectoryLease
 from llmos_jax.train.settings import check_batch
@@ -140,11 +142,34 @@ def test_checkpoint_verbs(run_directory, capsys):
         (["evaluate", "--workdir=/tmp", "--text=/no/file"], "/no/file can't be read"),
         (["evaluate", "--workdir=/tmp", "--text=README.md"], "holds no run"),
         (["checkpoint", "lst", "--workdir=/no/run"], "has no checkpoints"),
+        (["generate", "--workdir=README.md", "--prompt=a"], "README.md/settings.json can't be read .Not a directory"),
+        (["evaluate", "--workdir=README.md", "--text=README.md"], "README.md/settings.json can't be read .Not a directory"),
+        (["generate", "--workdir=/tmp", "--prompt=\udcff"], r"--prompt='\\udcff' is not UTF-8"),
+        (["chat", "--workdir=/tmp", "--system=\udcff"], r"--system='\\udcff' is not UTF-8"),
+        (
+            ["--config=experiments/gpt.py", "--seed=3"],
+            r"--seed is no flag of train .but of generate, chat.; set --config.seed\.",
+        ),
+        (
+            ["--config=experiments/gpt.py", "--temperature=banana"],
+            "--temperature is no flag of train .*--config.task.temperature",
+        ),
+        (["--config=experiments/gpt.py", "--max_tokens=9"], "set --config.task.sample_tokens"),
+        (["train", "--config=experiments/gpt.py", "--keep=3"], "set --config.checkpoint.keep"),
+        (["--config=experiments/gpt.py", "--nodrop_cache"], r"--drop_cache is no flag of train .but of dataset.\.$"),
+        (
+            ["generate", "--workdir=/tmp", "--prompt=a", "--config.a.b=7"],
+            "--config.a.b is no flag of generate .but of train, plan",
+        ),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--config.a.b", "7"], "--config.a.b is no flag of generate"),
+        (["generate", "--workdir=/tmp", "--prompt=a", "--config=x.py"], "--config is no flag of generate"),
+        (
+            ["checkpoint", "ls", "--workdir=/tmp", "--step=3"],
+            "--step is no flag of checkpoint .but of generate, chat, evaluate",
+        ),
     ],
 )
 def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, capsys):
-    import re
-
     code = main(
         [
             "llmos",
@@ -162,12 +187,23 @@ def test_mistakes_get_one_clear_line(arguments, words, tmp_path, monkeypatch, ca
 
 
 def examples():
-    """Returns the commands of the README that name settings: continued lines joined, comments cut off."""
+    """Returns the commands of the README: continued lines joined, comments cut off."""
     lines = pathlib.Path("README.md").read_text().replace("\\\n", " ").splitlines()
-    return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith("llmos") and "--config=" in line]
+    return [re.sub(r"\s+#.*", "", line) for line in lines if line.startswith("llmos ")]
 
 
 @pytest.mark.parametrize("line", examples())
+def test_examples_of_the_readme_name_flags_that_their_verb_takes(line):
+    words, _, _ = _parse(shlex.split(line))
+    assert len(words) <= (2 if words[:1] in (["dataset"], ["checkpoint"]) else 1)
+
+
+def test_every_flag_is_taken_by_some_verb():
+    _, values, _ = _parse(["llmos"])
+    assert {flag for verb in _VERBS.values() for flag in verb.flags} == set(values) - {"help", "h"}
+
+
+@pytest.mark.parametrize("line", [line for line in examples() if "--config=" in line])
 def test_examples_of_the_readme_are_settings_that_work(line):
     """On eight devices where the example names a mesh, else on one; data and checkpoints that they name are not there."""
     words, values, overrides = _parse(line.replace("=...", "=experiments/prepare.py").split())
@@ -181,6 +217,57 @@ def test_examples_of_the_readme_are_settings_that_work(line):
     check_batch(settings, placement)
     model = dataclasses.replace(settings.model, vocab_size=50304)
     describe_model(functools.partial(gpt.build, model, placement), placement)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("settings.json", "{}", "settings.json lacks model.name: restore it, or name another --workdir"),
+        ("settings.json", "[]", r"settings.json holds \[\], not an object"),
+        ("settings.json", '{"model": {"name": "gpt"}, "optim": 3}', "settings.json lacks optim.ema"),
+        ("settings.json", None, "settings.json can't be read .Is a directory"),
+        ("DONE.json", "{}", "DONE.json has step=None, not a number: remove it, and start again"),
+        ("DONE.json", "null", "DONE.json holds null, not an object"),
+    ],
+)
+def test_files_of_another_shape_are_named(name, content, words, run_directory, tmp_path, capsys):
+    target = tmp_path / "run"
+    shutil.copytree(run_directory, target)
+    (target / name).unlink()
+    (target / name).mkdir() if content is None else (target / name).write_text(content)
+    commands = [["--config=experiments/gpt.py:smoke"]]
+    if name == "settings.json":
+        commands.append(["generate", "--prompt=a"])
+    for command in commands:
+        assert main(["llmos", *command, f"--workdir={target}"]) == 78
+        assert re.search(words, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "taken", "environment"),
+    [
+        (["generate", "--prompt=abc", "--max_tokens=30"], b"abc", {}),
+        (["generate", "--prompt=abc", "--max_tokens=30"], b"abc", {"PYTHONUNBUFFERED": "1"}),
+        (["checkpoint", "verify"], b"", {}),
+        (["--help"], b"", {}),
+    ],
+    ids=str,
+)
+def test_a_reader_that_is_gone_ends_it_quietly(arguments, taken, environment, run_directory, tmp_path):
+    """As `... | head -c 3` does."""
+    target = tmp_path / "run"
+    shutil.copytree(run_directory, target)
+    shutil.rmtree(target / "checkpoints" / "8", ignore_errors=True)
+    if "verify" in arguments:  # what is said on standard error, after the table, has its reader
+        (target / "checkpoints" / "12" / "record" / "metadata").write_text("{}")
+    command = [sys.executable, "-m", "llmos_jax.main", *arguments, f"--workdir={target}"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"XLA_FLAGS": FLAGS} | environment
+    )
+    assert process.stdout.read(len(taken)) == taken
+    process.stdout.close()
+    error = process.stderr.read().decode()
+    assert process.wait(timeout=120) == 141 and "Error" not in error.replace("CheckpointError: damaged", ""), error
 
 
 def test_a_second_writer_is_refused(tmp_path):

@@ -10,10 +10,8 @@ writes the record; whether a save or a restore went well is agreed upon, so that
 
 import contextlib
 import dataclasses
-import errno
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -24,6 +22,7 @@ from absl import logging
 from llmos_jax.compute import distributed, host, memory
 from llmos_jax.config import setting
 from llmos_jax.errors import CheckpointError
+from llmos_jax.train import damage
 from llmos_jax.train.fingerprint import fingerprints
 from llmos_jax.train.state import leaf_name
 
@@ -31,8 +30,6 @@ _RECORD = "record"
 _FORMAT = 1
 # Room that is left on the disk beside a save: logs, metrics, the file system's own needs.
 _SPARE_BYTES = 64 * 2**20
-# A read that fails for these says nothing about the checkpoint: it is neither blamed nor moved.
-_MACHINE_ERRORS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +106,7 @@ class Checkpointer:
         except Exception as error:  # any failure to write must not end the training that it protects
             if distributed.is_peer_loss(error):
                 raise
-            failure = _first_line(error)
+            failure = damage.first_line(error)
         failure = _agreed("save/started", failure)
         if failure is not None:
             self._report(step, failure)
@@ -130,7 +127,7 @@ class Checkpointer:
             else:
                 self._engine.check_for_errors()
         except Exception as error:  # see save
-            failure = _first_line(error)
+            failure = damage.first_line(error)
         is_there = distributed.from_first("save/there", lambda: step in self.steps())
         if failure is None and not is_there and not wait:
             return
@@ -174,9 +171,7 @@ class Checkpointer:
         moved then, nor when a device runs out of memory, which JAX's own error says.
         """
         distributed.from_first("restore/clean", lambda: _remove_leftovers(self.directory))
-        steps, has_quarantined = distributed.from_first(
-            "restore/steps", lambda: [self.steps(), any(self.directory.glob("quarantine-*"))]
-        )
+        steps, has_quarantined = distributed.from_first("restore/steps", self._found)
         for step in reversed(steps):
             try:
                 tree, metadata = self._restore(step, abstract)
@@ -188,15 +183,12 @@ class Checkpointer:
             self._verified = self._newest = step
             return step, tree, metadata
         if steps or has_quarantined:
-            raise CheckpointError(
-                f"no checkpoint in {self.directory} is intact (damaged ones are kept as quarantine-STEP): restore one from a "
-                "backup, or start anew with another --workdir."
-            )
+            raise self._none_intact()
         return None
 
     def restore_part(self, abstract, *, key, step=None):
         """Returns one top-level part of a state (`key`, for example "params"): the newest good one, or that of `step`."""
-        there = distributed.from_first("restore/steps", self.steps)
+        there, has_quarantined = distributed.from_first("restore/steps", self._found)
         if step is not None and step not in there:
             raise CheckpointError(f"{self.directory} has no step {step}; it has {', '.join(map(str, there)) or 'none'}.")
         for candidate in reversed(there if step is None else [step]):
@@ -206,8 +198,18 @@ class Checkpointer:
                 if step is not None:
                     raise CheckpointError(f"checkpoint {self.directory / str(step)} is damaged: {error}.") from error
                 logging.error("checkpoint step %d is damaged (%s): trying the one before", candidate, error)
-        raise CheckpointError(
-            f"{self.directory} has no checkpoint" + (" that is intact." if there else " yet: train it first.")
+        if there or has_quarantined:
+            raise self._none_intact()
+        raise CheckpointError(f"{self.directory} has no checkpoint yet: train it first.")
+
+    def _found(self):
+        """Returns [complete steps, whether damaged ones were moved away]."""
+        return [self.steps(), any(self.directory.glob("quarantine-*"))]
+
+    def _none_intact(self):
+        return CheckpointError(
+            f"no checkpoint in {self.directory} is intact (damaged ones are kept as quarantine-STEP): restore one from a "
+            "backup, or start anew with another --workdir."
         )
 
     def _restore(self, step, abstract):
@@ -233,13 +235,14 @@ class Checkpointer:
         record = _read_record(folder)
         _compare(folder, record, _named(abstract), parts=tuple(abstract))
         items = {key: ocp.args.StandardRestore({key: value}) for key, value in abstract.items()}
+        damage.hush_leftovers()
         try:
             restored = self._open_reader().restore(folder, args=ocp.args.Composite(**items))
         except Exception as error:  # whatever Orbax and tensorstore raise on damaged files
             if memory.is_out_of_memory(error):
                 raise
-            _blame_machine(folder, error)
-            raise _Damaged(_first_line(error)) from error
+            damage.blame_machine(folder, error)
+            raise _Damaged(damage.describe(error, record["leaves"])) from error
         return {key: restored[key][key] for key in abstract}, record
 
     def _open(self):
@@ -279,7 +282,7 @@ class Checkpointer:
         try:
             self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
-            return _first_line(error)
+            return damage.first_line(error)
         return None
 
     def _report(self, step, reason):
@@ -451,22 +454,13 @@ def _read_record(folder):
         record = json.loads(file.read_text())
         digest = record.pop("digest")
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        _blame_machine(folder, error)
-        raise _Damaged(f"its record {file.name} can't be read: {_first_line(error)}") from error
+        damage.blame_machine(folder, error)
+        raise _Damaged(f"its record {file.name} can't be read: {damage.first_line(error)}") from error
     if _digest(record) != digest:
         raise _Damaged("its record was changed after it was written")
     if record["format"] != _FORMAT:
         raise CheckpointError(f"{folder} has format {record['format']}; this release reads {_FORMAT}.")
     return record
-
-
-def _blame_machine(folder, error):
-    """Raises CheckpointError when a failed read is the machine's failure, not the checkpoint's."""
-    # Tensorstore's errors carry the system's words only.
-    words = [os.strerror(code) for code in _MACHINE_ERRORS]
-    if isinstance(error, MemoryError) or any(word in str(error) for word in words):
-        reason = _first_line(error)
-        raise CheckpointError(f"checkpoint {folder} can't be read now ({reason}): mend that, and try again.") from error
 
 
 def _compare(folder, record, wanted, parts):
@@ -491,8 +485,3 @@ def _named(tree):
 
 def _digest(record):
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _first_line(error):
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"

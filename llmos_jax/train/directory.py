@@ -27,6 +27,9 @@ _MAY_CHANGE = (
     "model.execution",
     "model.remat",
 )
+# What is read of saved settings without parsing them: others may be those of another release.
+_SAVED = ("model.name", "optim.ema", "train.batch_size")
+_MISSING = object()
 
 
 def log_file(process):
@@ -84,18 +87,31 @@ def _has_begun(directory):
 
 
 def read_settings(directory):
-    """Returns the plain settings of a run directory, or None when it has none."""
-    return read_json(pathlib.Path(directory) / SETTINGS_FILE)
+    """Returns the plain settings of a run directory, or None when it has none; RunDirectoryError when they are damaged."""
+    file = pathlib.Path(directory) / SETTINGS_FILE
+    saved = read_json(file)
+    for path in _SAVED if saved is not None else ():
+        node = saved
+        for name in path.split("."):
+            node = node.get(name, _MISSING) if isinstance(node, dict) else _MISSING
+        if node is _MISSING:
+            raise RunDirectoryError(f"{file} lacks {path}: restore it, or name another --workdir.")
+    return saved
 
 
 def read_json(file):
-    """Returns the content of a JSON file, None when it is missing; RunDirectoryError when it is damaged."""
+    """Returns the object of a JSON file, None when it is missing; RunDirectoryError when it can't be read or is damaged."""
     try:
-        return json.loads(file.read_text())
+        tree = json.loads(file.read_text())
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RunDirectoryError(f"{file} can't be read ({error.strerror}): mend that, or name another --workdir.") from None
     except ValueError as error:
         raise RunDirectoryError(f"{file} is not JSON ({error}): restore it, or name another --workdir.") from None
+    if not isinstance(tree, dict):
+        raise RunDirectoryError(f"{file} holds {json.dumps(tree)[:40]}, not an object: restore it, or name another --workdir.")
+    return tree
 
 
 def finished(directory, settings):
@@ -103,6 +119,10 @@ def finished(directory, settings):
     summary, saved = read_json(directory / DONE_FILE), read_settings(directory)
     if summary is None or saved is None:
         return None
+    for name in ("step", "elapsed_seconds"):
+        if not isinstance(summary.get(name), (int, float)):
+            file = directory / DONE_FILE
+            raise RunDirectoryError(f"{file} has {name}={summary.get(name)!r}, not a number: remove it, and start again.")
     if _identity_differences(saved, _fitted(settings, saved)):
         return None
     train = settings.train

@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -108,7 +109,7 @@ def test_fingerprints_see_every_bit_and_no_sharding():
         assert fingerprints({"x": jnp.ones(5, dtype)})["x"] != fingerprints({"x": jnp.zeros(5, dtype)})["x"]
 
 
-def test_forty_bit_flips(template, tmp_path):
+def test_forty_bit_flips(template, tmp_path, caplog):
     """Row C1: every flip is named and the step before is used, or it changed nothing that is restored."""
     folder, trees = template
     generator, named = random.Random(0), 0
@@ -126,6 +127,13 @@ def test_forty_bit_flips(template, tmp_path):
         assert_same(tree, trees[step])
         assert metadata == {"position": step}
         assert (target / "quarantine-2").exists() == (step == 1), f"trial {trial}: {file}"
+        told = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+        caplog.clear()
+        assert len(told) == (step == 1)
+        for line in told:
+            item = file.relative_to(target / "2").parts[0]
+            words = "its (record|arrays)" if file.name in ("metadata", "_METADATA") else rf"leaf {item}\S* (has|can't be read)"
+            assert re.search(rf"step 2 is damaged \({words} ", line), line
         named += step == 1
     assert named >= 20
 
@@ -166,11 +174,19 @@ def test_damaged_files_fall_back(damage, template, tmp_path):
     assert_same(tree, trees[1])
 
 
+def wrapped(error):
+    """An error as Orbax raises it where an array is read: tensorstore's words are its cause's."""
+    outer = Exception("Encountered error while reading array index: (slice(0, 64, 1),)")
+    outer.__cause__ = error
+    return outer
+
+
 @pytest.mark.parametrize(
     ("what", "failure", "words"),
     [
         ("record", OSError(24, "Too many open files"), "can't be read now.*Too many open files"),
         ("arrays", ValueError("PERMISSION_DENIED: Error opening: Permission denied"), "can't be read now.*Permission denied"),
+        ("arrays", wrapped(ValueError("Error opening: Too many open files")), "can't be read now.*Too many open files"),
         ("arrays", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "RESOURCE_EXHAUSTED"),
     ],
 )
@@ -376,9 +392,14 @@ def test_steps_that_go_while_they_are_listed_are_left_out(template, tmp_path, mo
     assert [row.step for row in lib.list_checkpoints(target)] == [2]
 
 
-def test_an_empty_folder_has_no_checkpoint_yet(tmp_path):
-    with pytest.raises(CheckpointError, match="has no checkpoint yet"):
-        lib.Checkpointer(tmp_path, lib.CheckpointConfig()).restore_part({}, key="params")
+def test_what_is_read_alone_tells_no_checkpoint_yet_from_none_intact(tmp_path):
+    """Where all steps were moved to quarantine, training it first is no advice."""
+    checkpointer = lib.Checkpointer(tmp_path, lib.CheckpointConfig())
+    with pytest.raises(CheckpointError, match="has no checkpoint yet: train it first"):
+        checkpointer.restore_part({}, key="params")
+    (tmp_path / "quarantine-3").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint in .* is intact .damaged ones are kept as quarantine-STEP"):
+        checkpointer.restore_part({}, key="params")
 
 
 def zero(folder):

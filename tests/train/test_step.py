@@ -266,6 +266,25 @@ def test_spikes_are_skipped_once_the_mean_is_trusted():
     assert 0.9 < float(values["norm_mean"]) < 1.2
 
 
+def test_spiking_batches_leave_no_trace():
+    """Row N1 through the compiled step: one token's gradient is some twenty times that of a batch, and finite."""
+    batches = make_batches(8)
+    one_token = np.zeros((ROWS, LENGTH), np.float32)
+    one_token[0, 0] = 1
+    spoiled = list(batches)
+    spoiled.insert(5, batches[0] | {"weights": one_token})
+    config = optim.OptimConfig(learning_rate=1e-2, ema=0.9, spike_warmup_steps=4, spike_factor=5.0)
+    clean, guarded = Trainer(config=config), Trainer(config=config)
+    clean.run(batches)
+    losses = guarded.run(spoiled)
+    assert np.isfinite(losses).all()
+    for name in ("params", "optimizer", "ema", "step"):
+        assert_equal(jax.tree.leaves(getattr(guarded.state, name)), jax.tree.leaves(getattr(clean.state, name)))
+    assert float(guarded.state.guard["norm_mean"]) == float(clean.state.guard["norm_mean"])
+    told = {name: int(guarded.state.guard[name]) for name in ("skipped", "bad_batch", "bad_leaf", "seen")}
+    assert told == {"skipped": 1, "bad_batch": 5, "bad_leaf": -1, "seen": 9}
+
+
 def test_all_bad_batches_stop_with_the_first_bad_leaf():
     """Row N2: the host check names the batch and the leaf."""
     config = optim.OptimConfig(max_skipped=3)
@@ -351,6 +370,8 @@ def test_model_that_does_not_divide_is_refused():
     model = gpt.Config(vocab_size=128, context=32, width=48, layers=2, heads=6)
     with pytest.raises(ConfigError, match="model.heads=6 is not divisible by mesh.model=8"):
         Trainer(model=model, mesh=MeshConfig(data=1, model=8))
+    with pytest.raises(ConfigError, match="model.mlp=100 is not divisible by mesh.model=8: change one of them"):
+        Trainer(model=dataclasses.replace(MODEL, mlp=100), mesh=MeshConfig(data=1, model=8))
     model = gpt.Config(vocab_size=100, context=32, width=64, layers=2, heads=8)
     with pytest.raises(ConfigError, match="embedding.*vocab.*100.*8 shards"):
         Trainer(model=model, mesh=MeshConfig(data=1, model=8))
