@@ -147,16 +147,16 @@ def test_checkpoint_verbs(run_directory, capsys):
         (["generate", "--workdir=/tmp", "--prompt=\udcff"], r"--prompt='\\udcff' is not UTF-8"),
         (["chat", "--workdir=/tmp", "--system=\udcff"], r"--system='\\udcff' is not UTF-8"),
         (
-            ["--config=experiments/gpt.py", "--seed=3"],
+            ["--config=experiments/gpt.py:smoke", "--seed=3"],
             r"--seed is no flag of train .but of generate, chat.; set --config.seed\.",
         ),
         (
-            ["--config=experiments/gpt.py", "--temperature=banana"],
+            ["--config=experiments/gpt.py:smoke", "--temperature=banana"],
             "--temperature is no flag of train .*--config.task.temperature",
         ),
-        (["--config=experiments/gpt.py", "--max_tokens=9"], "set --config.task.sample_tokens"),
-        (["train", "--config=experiments/gpt.py", "--keep=3"], "set --config.checkpoint.keep"),
-        (["--config=experiments/gpt.py", "--nodrop_cache"], r"--drop_cache is no flag of train .but of dataset.\.$"),
+        (["--config=experiments/gpt.py:smoke", "--max_tokens=9"], "set --config.task.sample_tokens"),
+        (["train", "--config=experiments/gpt.py:smoke", "--keep=3"], "set --config.checkpoint.keep"),
+        (["--config=experiments/gpt.py:smoke", "--nodrop_cache"], r"--drop_cache is no flag of train .but of dataset.\.$"),
         (
             ["generate", "--workdir=/tmp", "--prompt=a", "--config.a.b=7"],
             "--config.a.b is no flag of generate .but of train, plan",
