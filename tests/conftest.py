@@ -55,6 +55,23 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
+@pytest.fixture
+def tpu_compiler(monkeypatch):
+    """Skips where there is none; it compiles for chips that are not here, in as many processes as ask."""
+    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+
+@pytest.fixture
+def four_tpu_chips(tpu_compiler):
+    """Four chips of a v5e to compile for."""
+    from jax.experimental import topologies
+
+    given = dict(topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
+    return topologies.get_topology_desc(platform="tpu", **given).devices
+
+
 @pytest.fixture(scope="session")
 def cache_directory():
     """The session's cache: prepared data and compiled programs are shared by the tests that start processes."""

@@ -217,15 +217,9 @@ def test_the_verb_says_what_is_missing(capsys):
     assert "plan needs --config and --topology" in capsys.readouterr().err
 
 
-@pytest.fixture
-def compiler(monkeypatch):
-    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "count"), [("v5p-128", 64), ("v5e-16", 16), ("v6e-8", 8), ("tpu7x-8", 8), ("2xv5p-8", 8)])
-def test_machines_by_name(name, count, compiler):
+def test_machines_by_name(name, count, tpu_compiler):
     devices = topology.topology_devices(name)
     assert len(devices) == count and devices[0].platform == "tpu"
     assert len({getattr(device, "slice_index", 0) for device in devices}) == (2 if name.startswith("2x") else 1)
@@ -235,7 +229,7 @@ def test_machines_by_name(name, count, compiler):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chip", ["v5p", "v5e", "v6e"])
-def test_the_compiler_knows_every_option(chip, compiler):
+def test_the_compiler_knows_every_option(chip, tpu_compiler):
     device = topology.topology_devices(f"{chip}-8")[0]
     x = jax.ShapeDtypeStruct((128, 128), jnp.bfloat16, sharding=jax.sharding.SingleDeviceSharding(device))
     lowered = jax.jit(lambda x: x @ x).lower(x)
@@ -246,7 +240,7 @@ def test_the_compiler_knows_every_option(chip, compiler):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_a_plan_for_a_tpu(compiler):
+def test_a_plan_for_a_tpu(tpu_compiler):
     """In small what is done for GPT-3: FSDP x tensor parallelism, nothing whole, every large collective asynchronous."""
     choices = {
         "model.width": 1024, "model.heads": 8, "model.layers": 8, "model.remat": "full", "model.context": 1024,

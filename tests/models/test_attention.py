@@ -412,13 +412,8 @@ def test_a_long_chunk_is_attended_to_in_pieces():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("groups, size", [(8, 128), (4, 64), (1, 96)])
-def test_splash_compiles_for_a_tpu(groups, size, monkeypatch):
-    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
-    placement = make_placement(MeshConfig(data=2, model=2), chips.devices)
+def test_splash_compiles_for_a_tpu(groups, size, four_tpu_chips):
+    placement = make_placement(MeshConfig(data=2, model=2), four_tpu_chips)
     assert placement.platform == "tpu"
 
     def shape(heads):

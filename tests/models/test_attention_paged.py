@@ -124,13 +124,8 @@ def test_what_no_kernel_can_read_is_said(platform, given, words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page_size", [16, 64])
-def test_compiles_for_a_tpu(page_size, monkeypatch):
-    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
-    placement = make_placement(MeshConfig(data=1, model=4), chips.devices)
+def test_compiles_for_a_tpu(page_size, four_tpu_chips):
+    placement = make_placement(MeshConfig(data=1, model=4), four_tpu_chips)
 
     def shape(*axes, shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=placement.sharding(*axes))

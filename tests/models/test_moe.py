@@ -219,14 +219,9 @@ def test_exchange_without_the_ragged_collective():
 
 
 @pytest.mark.slow
-def test_tokens_are_exchanged_by_the_ragged_collective_on_a_tpu(monkeypatch):
+def test_tokens_are_exchanged_by_the_ragged_collective_on_a_tpu(four_tpu_chips):
     """Compiled for chips that are not there: there and back, forward and backward, and no token is gathered."""
-    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
-    placement = make_placement(MeshConfig(expert=2, data=2), chips.devices)
+    placement = make_placement(MeshConfig(expert=2, data=2), four_tpu_chips)
     choices = dict(experts=4, per_token=2, stddev=0.02, output_stddev=0.02, placement=placement)
     layer = jax.eval_shape(lambda: moe.MixtureOfExperts(256, 512, rngs=nnx.Rngs(params=0), **choices))
     graph, params = nnx.split(layer)

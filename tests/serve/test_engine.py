@@ -396,17 +396,12 @@ def test_a_row_at_its_end_reads_no_further_while_its_neighbour_goes_on(monkeypat
 
 
 @pytest.mark.slow
-def test_a_tpu_reads_pages_where_they_lie(monkeypatch):
+def test_a_tpu_reads_pages_where_they_lie(four_tpu_chips):
     """Decoding compiled for four TPU chips: a kernel a layer, no copy of the cache, nothing gathered but logits."""
-    pytest.importorskip("libtpu", reason="the TPU compiler comes in the libtpu package, which only TPU hosts install")
-    from jax.experimental import topologies
-
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1), num_slices=1)
-    placement = make_placement(MeshConfig(data=1, model=4), chips.devices)
+    placement = make_placement(MeshConfig(data=1, model=4), four_tpu_chips)
     config = llama.Config(vocab_size=4096, context=4096, width=1024, layers=2, heads=8, kv_heads=4, mlp=2048)
     handle = describe_model(functools.partial(llama.build, config, placement), placement)
-    made = programs.Programs(handle, llama, config, 4096, [0], reads_pages=True)
+    made = programs.Programs(handle, llama, config, 4096, [0], 16, reads_pages=True)
 
     def laid(shapes, shardings):
         give = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
