@@ -73,7 +73,7 @@ def explain_failure(error, doing, need, parts, limit_bytes):
 def explained(doing, parts, advice):
     """Raises DeviceMemoryError for a device that runs out in the block: while doing what, what `parts()` take, what lowers it.
 
-    parts: a function that returns {name: bytes per device}.
+    parts: a function that returns {name: bytes}, per device where the name says nothing else.
     """
     try:
         yield

@@ -1,5 +1,8 @@
 """Whole runs through the public functions: resume, signals, damage, identity. Rows R1, R7, C1, C6, N1 and N2."""
 
+import collections
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -61,11 +64,35 @@ def final_params(directory, step=None):
     return jax.tree.map(np.asarray, api.load(directory, step=step).params)
 
 
+@contextlib.contextmanager
+def hashed_batches():
+    """Yields {index: hash} of all batches that are made in the block."""
+    real, hashes = loop.make_batch, collections.defaultdict(set)
+
+    def make(task, placement, rows, index):
+        batch = real(task, placement, rows, index)
+        digest = hashlib.sha256()
+        for name, values in sorted(batch.items()):
+            digest.update(name.encode() + np.asarray(values).tobytes())
+        hashes[index].add(digest.hexdigest())
+        return batch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "make_batch", make)
+        yield hashes
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
+def uninterrupted_batches(tmp_path_factory):
     directory = tmp_path_factory.mktemp("uninterrupted")
-    api.run_training(settings_for(), directory)
-    return directory
+    with hashed_batches() as batches:
+        api.run_training(settings_for(), directory)
+    return directory, batches
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_batches):
+    return uninterrupted_batches[0]
 
 
 def command(directory, *flags):
@@ -130,10 +157,14 @@ def test_what_was_trained_outlives_its_samples(tmp_path, monkeypatch):
     assert len([entry for entry in read_metrics(tmp_path / "metrics.jsonl") if "samples" in entry]) == 1
 
 
-def test_resumed_run_is_bitwise_the_same(uninterrupted, tmp_path):
+def test_resumed_run_is_bitwise_the_same(uninterrupted_batches, tmp_path):
     """Row R1: ten steps, exit, resume to thirty; another rhythm of logging changes nothing."""
+    uninterrupted, expected = uninterrupted_batches
     api.run_training(settings_for(train__steps=10), tmp_path)
-    api.run_training(settings_for(train__log_every_steps=3), tmp_path)
+    with hashed_batches() as batches:
+        api.run_training(settings_for(train__log_every_steps=3), tmp_path)
+    assert min(batches) == 10 and all(batches[index] == expected[index] for index in range(10, STEPS))
+    assert len(set().union(*expected.values())) == len(expected)  # or equal hashes would say nothing
     assert losses(tmp_path) == losses(uninterrupted) and len(losses(tmp_path)) == STEPS
     jax.tree.map(np.testing.assert_array_equal, final_params(tmp_path), final_params(uninterrupted))
 
