@@ -15,6 +15,7 @@ from jax import lax
 from llmos_jax.compute import host
 from llmos_jax.compute.sharding import platform_of
 from llmos_jax.errors import ConfigError
+from llmos_jax.models import few_rows
 from llmos_jax.models.attention_context import context_attention
 from llmos_jax.models.attention_cpu import HIDDEN, blocked_attention
 
@@ -73,8 +74,9 @@ def attend_cached(query_BLHK, cached, start_B, end, *, window=None, scale=None, 
     """Returns attention [B, L, H, K] of L new tokens to what a cache holds of their rows.
 
     cached: [(key [G x B, K, M], value [G x B, M, K]), ...], parts of one line of columns, all of it finite. Row b begins in
-    column start_B[b] (None: every one in the first); the queries stand in columns end .. end + L - 1 and see their row up to
-    their own column, the latest `window` if given. Memory: float32 scores of at most 512 tokens at a time.
+    column start_B[b] (None: every one in the first); the queries stand in columns end .. end + L - 1 (of each row's own `end`,
+    where it is [B]) and see their row up to their own column, the latest `window` if given. Memory: float32 scores of at most
+    512 tokens at a time.
     """
     batch, length, heads, size = query_BLHK.shape
     pairs = len(cached[0][0])
@@ -89,38 +91,39 @@ def attend_cached(query_BLHK, cached, start_B, end, *, window=None, scale=None, 
     outputs = []
     for begin in range(0, length, _CACHED_ROWS):
         rows = slice(begin, min(begin + _CACHED_ROWS, length))
-        seen = _seen_in_cache(start_B, end + jnp.arange(rows.start, rows.stop), columns, window)
+        column_BL = jnp.asarray(end).reshape(-1, 1) + jnp.arange(rows.start, rows.stop)
+        seen = _seen_in_cache(start_B, column_BL, columns, window)
         outputs.append(_attend_rows(query_GBRLK[:, :, :, rows], cached, seen, softcap))
     output_GBRLK = outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, 3)
     return output_GBRLK.transpose(1, 3, 0, 2, 4).reshape(query_BLHK.shape).astype(query_BLHK.dtype)
 
 
-def attend_blocks(query_BHK, key_GNKW, value_GNWK, owner_N, seen_NW, *, scale=None, softcap=None):
+def attend_blocks(query_BHK, key_NGKW, value_NGWK, owner_N, seen_NW, *, scale=None, softcap=None):
     """Returns attention [B, H, K] of one token of each row to cached tokens, which lie in blocks of W.
 
     owner_N: the row whose tokens are in a block; seen_NW: which of them it sees. Keys and values are finite, seen or not. A row
     costs what its own blocks do. Who sees nothing gets something finite.
     """
     batch, heads, size = query_BHK.shape
-    groups, blocks, _, width = key_GNKW.shape
-    if key_GNKW.shape[2] != size or value_GNWK.shape != (groups, blocks, width, size) or heads % groups:
+    blocks, groups, _, width = key_NGKW.shape
+    if key_NGKW.shape[2] != size or value_NGWK.shape != (blocks, groups, width, size) or heads % groups:
         raise ConfigError(
-            f"attention to blocks: queries {query_BHK.shape} [B, H, K] do not fit keys {key_GNKW.shape} and values "
-            f"{value_GNWK.shape}; expected [G, N, K, W] and [G, N, W, K] with H a multiple of G."
+            f"attention to blocks: queries {query_BHK.shape} [B, H, K] do not fit keys {key_NGKW.shape} and values "
+            f"{value_NGWK.shape}; expected [N, G, K, W] and [N, G, W, K] with H a multiple of G."
         )
-    query_GBRK = _scaled(query_BHK, scale).reshape(batch, groups, -1, size).swapaxes(0, 1)
+    query_BGRK = _scaled(query_BHK, scale).reshape(batch, groups, -1, size)
     attend_some = functools.partial(_attend_row if batch == 1 else _attend_blocks, softcap=softcap)
-    given, repeats = (query_GBRK, key_GNKW, value_GNWK, owner_N, seen_NW), heads // groups
+    given, repeats = (query_BGRK, key_NGKW, value_NGWK, owner_N, seen_NW), heads // groups
 
-    def one_by_one(query_GBRK, *given):
-        return jnp.concatenate([attend_some(query_GBRK[:, :, head : head + 1], *given) for head in range(repeats)], 2)
+    def one_by_one(query_BGRK, *given):
+        return jnp.concatenate([attend_some(query_BGRK[:, :, head : head + 1], *given) for head in range(repeats)], 2)
 
     # Without vectors of 512 bits XLA:CPU's products of few heads with a block are slower than those of one head each.
-    if batch == 1 or not 1 < repeats <= _SINGLE_HEADS or key_GNKW.dtype != jnp.float32 or host.has_avx512():
-        output_GBRK = attend_some(*given)
+    if batch == 1 or not 1 < repeats <= _SINGLE_HEADS or key_NGKW.dtype != jnp.float32 or host.has_avx512():
+        output_BGRK = attend_some(*given)
     else:
-        output_GBRK = lax.platform_dependent(*given, cpu=one_by_one, default=attend_some)
-    return output_GBRK.swapaxes(0, 1).reshape(query_BHK.shape).astype(query_BHK.dtype)
+        output_BGRK = lax.platform_dependent(*given, cpu=one_by_one, default=attend_some)
+    return output_BGRK.reshape(query_BHK.shape).astype(query_BHK.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -357,13 +360,13 @@ def _run_splash(kernel, query_BLHK, key_BMGK, value_BMGK, segments_BL):
 _KERNELS = {"reference": _reference, "blocked": _blocked, "xla": _xla, "cudnn": _cudnn}
 
 
-def _seen_in_cache(start_B, column_L, columns, window):
+def _seen_in_cache(start_B, column_BL, columns, window):
     """Returns which of the columns each query, which stands in one, sees of its row, bool [B or 1, L, M]."""
-    column_M, column_L1 = jnp.arange(columns), column_L[:, None]
-    seen_LM = column_M <= column_L1
+    column_M, column_BL1 = jnp.arange(columns), column_BL[..., None]
+    seen_BLM = column_M <= column_BL1
     if window is not None:
-        seen_LM &= column_M > column_L1 - window
-    return seen_LM[None] if start_B is None else seen_LM & (column_M >= start_B[:, None, None])
+        seen_BLM &= column_M > column_BL1 - window
+    return seen_BLM if start_B is None else seen_BLM & (column_M >= start_B[:, None, None])
 
 
 def _capped(scores, softcap):
@@ -385,42 +388,50 @@ def _attend_rows(query_GBRLK, parts, seen_BLM, softcap):
     return sum(outputs).reshape(query_GBRLK.shape)
 
 
-def _attend_row(query_G1RK, key_GNKW, value_GNWK, _owner_N, seen_NW, softcap):
-    """Returns attention [G, 1, R, K] in float32 of a row that has all blocks: they are one line of tokens."""
-    groups, blocks, width, _ = value_GNWK.shape
+def _attend_row(query_1GRK, key_NGKW, value_NGWK, _owner_N, seen_NW, softcap):
+    """Returns attention [1, G, R, K] in float32 of a row that has all blocks: they are one line of tokens."""
+    blocks, groups, width, _ = value_NGWK.shape
     wide = dict(preferred_element_type=jnp.float32)
-    query_GNRK = jnp.broadcast_to(query_G1RK, (groups, blocks, *query_G1RK.shape[2:]))
-    scores_GNRW = _capped(jnp.einsum("GNRK,GNKW->GNRW", query_GNRK, key_GNKW, **wide), softcap)
-    scores_GRM = scores_GNRW.swapaxes(1, 2).reshape(groups, -1, blocks * width)
+    query_NGRK = jnp.broadcast_to(query_1GRK, (blocks, *query_1GRK.shape[1:]))
+    scores_NGRW = _capped(jnp.einsum("NGRK,NGKW->NGRW", query_NGRK, key_NGKW, **wide), softcap)
+    scores_GRM = scores_NGRW.transpose(1, 2, 0, 3).reshape(groups, -1, blocks * width)
     seen_M = seen_NW.reshape(-1)
     # Hidden once more: where all that is seen scores lower than what is hidden, this must not become somebody else's values.
-    weights_GRM = jnp.where(seen_M, jax.nn.softmax(jnp.where(seen_M, scores_GRM, HIDDEN)), 0).astype(value_GNWK.dtype)
-    weights_GNRW = weights_GRM.reshape(groups, -1, blocks, width).swapaxes(1, 2)
+    weights_GRM = jnp.where(seen_M, jax.nn.softmax(jnp.where(seen_M, scores_GRM, HIDDEN)), 0).astype(value_NGWK.dtype)
+    weights_NGRW = weights_GRM.reshape(groups, -1, blocks, width).transpose(2, 0, 1, 3)
     # As one line XLA:CPU would have the values in two forms, and write each anew to add a token.
-    return jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW, value_GNWK, **wide).sum(1)[:, None]
+    return jnp.einsum("NGRW,NGWK->NGRK", weights_NGRW, value_NGWK, **wide).sum(0)[None]
 
 
-def _attend_blocks(query_GBRK, key_GNKW, value_GNWK, owner_N, seen_NW, softcap):
-    """Returns attention [G, B, R, K] in float32: each block's share, put together by row."""
-    wide = dict(preferred_element_type=jnp.float32)
-    is_owner_BN = owner_N == jnp.arange(query_GBRK.shape[1])[:, None]
-    scores_GNRW = _capped(jnp.einsum("GNRK,GNKW->GNRW", query_GBRK[:, owner_N], key_GNKW, **wide), softcap)
-    scores_GNRW = jnp.where(seen_NW[:, None], scores_GNRW, HIDDEN)
-    largest_GRN = scores_GNRW.max(-1).swapaxes(1, 2)
-    largest_GRB = jnp.where(is_owner_BN, largest_GRN[:, :, None], HIDDEN).max(-1)
-    weights_GNRW = jnp.exp(scores_GNRW - largest_GRB[:, :, owner_N].swapaxes(1, 2)[..., None])
-    weights_GNRW = jnp.where(seen_NW[:, None], weights_GNRW, 0)  # as in `_attend_row`
-    shares_GNRK = jnp.einsum("GNRW,GNWK->GNRK", weights_GNRW.astype(value_GNWK.dtype), value_GNWK, **wide)
-    # Many small sums as one product. What is no number must not reach other rows by it: it is counted, and stays in its own.
-    parts_GNRP = jnp.concatenate([shares_GNRK, weights_GNRW.sum(-1, keepdims=True)], -1)
-    is_finite_GNRP = jnp.isfinite(parts_GNRP)
-    bad_GNR1 = (~is_finite_GNRP).any(-1, keepdims=True).astype(jnp.float32)
-    parts_GNRP = jnp.concatenate([jnp.where(is_finite_GNRP, parts_GNRP, 0), bad_GNR1], -1)
-    given = is_owner_BN.astype(jnp.float32), parts_GNRP
-    sums_GBRP = jnp.einsum("BN,GNRP->GBRP", *given, precision=lax.Precision.HIGHEST)
-    size = value_GNWK.shape[-1]
-    sums_GBRK, total_GBR1, bad_GBR1 = jnp.split(sums_GBRP, [size, size + 1], -1)
-    return jnp.where(bad_GBR1 > 0, jnp.nan, sums_GBRK / jnp.maximum(total_GBR1, jnp.finfo(jnp.float32).tiny))
+def _attend_blocks(query_BGRK, key_NGKW, value_NGWK, owner_N, seen_NW, softcap):
+    """Returns attention [B, G, R, K] in float32: each block's share, put together by row.
+
+    The many small sums of the rows are one product, so what is no number must not get into it: it becomes the largest number
+    there is, by which its row is known and stays the only one.
+    """
+    (batch, *of_row), blocks, largest = query_BGRK.shape, len(owner_N), jnp.finfo(jnp.float32).max
+    is_owner_BN = owner_N == jnp.arange(batch)[:, None]
+    scores_NGRW = _capped(few_rows.products(query_BGRK[owner_N], key_NGKW), softcap)
+    scores_NGRW = jnp.where(seen_NW[:, None, None], _numbers(scores_NGRW, largest), -jnp.inf)
+    peak_BNGR = jnp.where(is_owner_BN[..., None, None], scores_NGRW.max(-1), -largest)
+    peak_BGR = peak_BNGR.max(1)
+    weights_NGRW = jnp.exp(scores_NGRW - peak_BGR[owner_N][..., None])
+    shares_NGRK = few_rows.products(weights_NGRW.astype(value_NGWK.dtype), value_NGWK)
+    # As a product: XLA:CPU's sum takes ten times as long.
+    totals_N = weights_NGRW.reshape(-1, weights_NGRW.shape[-1]) @ jnp.ones(weights_NGRW.shape[-1])
+
+    def of_rows(x_N):
+        return jnp.dot(is_owner_BN.astype(jnp.float32), x_N.reshape(blocks, -1), precision=lax.Precision.HIGHEST)
+
+    sums_BGRK = of_rows(_numbers(shares_NGRK, largest)).reshape(batch, *of_row)
+    total_BGR = of_rows(totals_N).reshape(batch, *of_row[:-1])
+    output_BGRK = sums_BGRK / jnp.maximum(total_BGR, jnp.finfo(jnp.float32).tiny)[..., None]
+    return jnp.where((peak_BGR[..., None] < largest) & (jnp.abs(sums_BGRK) < largest), output_BGRK, jnp.nan)
+
+
+def _numbers(x, largest):
+    """Returns x with `largest` in place of what is no number, or too large for one."""
+    return jnp.where(jnp.abs(x) < largest, x, largest)
 
 
 def _scaled(query, scale):

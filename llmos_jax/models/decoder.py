@@ -193,12 +193,13 @@ class Block(nnx.Module):
         the new tokens to all that they see, what has to be kept of them): so a block need not know how keys and values are
         stored. Experts take every token whatever their capacity: what that drops depends on the rest of the row, which a token
         that is generated can't know. only_B: the one token of each row whose x is wanted, [B, 1, D]; keys and values are kept
-        of all.
+        of all, and `read` gets that token's query alone, and `only_B=`.
         """
-        projected = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
-        mixed, written = self.attention.cached(cache, *projected, read, kind)
+        query_BLHK, *projected = self.attention.rotated(self.attention_norm(x_BLD), rotations, kind)
         if only_B is not None:
-            x_BLD, mixed = (token_of_row(z, only_B) for z in (x_BLD, mixed))
+            x_BLD, query_BLHK = (token_of_row(z, only_B) for z in (x_BLD, query_BLHK))
+            read = functools.partial(read, only_B=only_B)
+        mixed, written = self.attention.cached(cache, query_BLHK, *projected, read, kind)
         x_BLD = self._add(x_BLD, self.attention.output(mixed), self.attention_post_norm, None)
         h_BLD = self.mlp_norm(x_BLD)
         mixed = self.experts(h_BLD, is_dropless=True)[0] if self.is_sparse else self.transform(h_BLD)

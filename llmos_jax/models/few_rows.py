@@ -7,6 +7,8 @@ such vectors the plain product is the fastest. A single row is as fast as weight
 times slower.)
 """
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -16,8 +18,10 @@ from llmos_jax.compute import host
 _SINGLE_ROWS, MOST_ROWS = 4, 48
 # Smaller weights stay in a core's cache: their form does not matter.
 LEAST_SIZE = 2**16
-# Parts of a table that are multiplied side by side, and of the contraction of a single row.
-_PARTS, _ROW_PARTS = 8, 4
+# Parts of the contraction of a single row, and the side of a tile that is turned round.
+_ROW_PARTS, _TILE = 4, 256
+# Results that the library gives to one thread, if it knows to cut at all.
+_RESULTS_OF_A_TASK = 2**15
 
 
 def product(x_BI, weight_IO):
@@ -38,14 +42,23 @@ def product(x_BI, weight_IO):
     return lax.dot_general(weight_IO, lax.optimization_barrier(x_BI.T), (((0,), (0,)), ((), ()))).T
 
 
+def products(x_NBI, y_NIO):
+    """Returns x @ y in float32 for every pair of a batch (any number of dimensions), [..., B, O]."""
+    z_NBO = jnp.matmul(x_NBI, y_NIO, preferred_element_type=jnp.float32)
+    if z_NBO.size <= _RESULTS_OF_A_TASK:
+        return z_NBO
+    # Changes nothing but that the library (jaxlib 0.10) finds a reduction behind the products: it cuts these by the batch, and
+    # runs them on all threads, where products alone, each too small to be cut, run on one.
+    return lax.platform_dependent(z_NBO, cpu=lambda z: jnp.minimum(z, z.max(-1, keepdims=True)), default=lambda z: z)
+
+
 def product_with_table(x_BI, table_VI):
     """Returns x @ table.T in float32, [B, V], for B <= MOST_ROWS rows.
 
-    As a batch of parts the library runs it on all threads: half the time of one product from 2 to 16 rows.
+    The table is the left operand, which is not packed. The product is turned round in two steps, tile by tile: in one, XLA
+    would read it with a stride, or exchange the operands again.
     """
-    wide = dict(preferred_element_type=jnp.float32)
-    parts = _PARTS if len(table_VI) % _PARTS == 0 else 1
-    table_PVI = table_VI.reshape(parts, -1, table_VI.shape[1])
-    x_PBI = jnp.broadcast_to(x_BI, (parts, *x_BI.shape))
-    y_PVB = lax.dot_general(table_PVI, x_PBI, (((2,), (2,)), ((0,), (0,))), **wide)
-    return y_PVB.reshape(len(table_VI), len(x_BI)).T
+    y_VB = lax.dot_general(table_VI, x_BI, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    tile = math.gcd(len(table_VI), _TILE)
+    y_NBT = lax.optimization_barrier(y_VB.reshape(-1, tile, len(x_BI)).swapaxes(1, 2))
+    return y_NBT.swapaxes(0, 1).reshape(len(x_BI), -1)

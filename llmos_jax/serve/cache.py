@@ -35,8 +35,13 @@ def init_pools(family, config, pages, page_size, dtype, stages):
 
 
 def pool_sharding(stages):
-    """Returns how every pool, and what was gathered of it, is laid out."""
+    """Returns how every pool is laid out."""
     return stages.sharding("heads")
+
+
+def block_sharding(stages):
+    """Returns how every array of blocks is laid out."""
+    return stages.sharding(None, "heads")
 
 
 def page_bytes(family, config, page_size, dtype):
@@ -68,16 +73,17 @@ def gather(pools, table_BP, past_B, end):
 
 
 def gather_blocks(pools, pages_NP, count_N):
-    """Returns (keys [G, N, K, W], values [G, N, W, K]) of each layer: the first count_N tokens of pages; others are zero.
+    """Returns (keys [N, G, K, W], values [N, G, W, K]) of each layer: the first count_N tokens of pages; others are zero.
 
     Keys lie as their product with queries reads them: a decoding loop would turn them around in every step.
     """
     blocks, pages = pages_NP.shape
-    is_there_NW1 = (jnp.arange(pages * pools[0][0].shape[2]) < count_N[:, None])[..., None]
+    is_there_NW = jnp.arange(pages * pools[0][0].shape[2]) < count_N[:, None]
 
     def read(pool_GPSK):
         groups, _, _, size = pool_GPSK.shape
-        return jnp.where(is_there_NW1, pool_GPSK[:, pages_NP].reshape(groups, blocks, -1, size), 0)
+        value_NGWK = pool_GPSK[:, pages_NP].swapaxes(0, 1).reshape(blocks, groups, -1, size)
+        return jnp.where(is_there_NW[:, None, :, None], value_NGWK, 0)
 
     return [(read(key).swapaxes(2, 3), read(value)) for key, value in pools]
 
@@ -88,7 +94,7 @@ def gather_some(pools, blocks, pages_NP, count_N, index_N, count):
     def fill(at, blocks):
         index = index_N[at]
         new = gather_blocks(pools, *(lax.dynamic_slice_in_dim(x, index, 1) for x in (pages_NP, count_N)))
-        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, index, 1), blocks, new)
+        return jax.tree.map(lambda old, new: lax.dynamic_update_slice_in_dim(old, new, index, 0), blocks, new)
 
     return lax.fori_loop(0, count, fill, blocks)
 
@@ -96,10 +102,11 @@ def gather_some(pools, blocks, pages_NP, count_N, index_N, count):
 def cut(blocks, place_BL, position_BL):
     """Returns the keys and values [G, B, L, K] of each layer that lie in these blocks, where the tokens' positions say."""
 
-    def of_layer(key_GNKW, value_GNWK):
-        offset_BL = position_BL % key_GNKW.shape[-1]
-        key_BLGK = key_GNKW.at[:, place_BL, :, offset_BL].get(mode="clip")
-        return key_BLGK.transpose(2, 0, 1, 3), value_GNWK.at[:, place_BL, offset_BL].get(mode="clip")
+    def of_layer(key_NGKW, value_NGWK):
+        offset_BL = position_BL % key_NGKW.shape[-1]
+        key_BLGK = key_NGKW.at[place_BL, :, :, offset_BL].get(mode="clip")
+        value_BLGK = value_NGWK.at[place_BL, :, offset_BL].get(mode="clip")
+        return key_BLGK.transpose(2, 0, 1, 3), value_BLGK.transpose(2, 0, 1, 3)
 
     return [of_layer(*pair) for pair in blocks]
 
@@ -147,34 +154,32 @@ def read_step(owner_N, first_N, place_B, position_B):
     latest_N1 = position_B[owner_N][:, None]
 
     def read(blocks, query_BLHK, key_BLGK, value_BLGK, is_turn=None, *, window=None, **form):
-        key_GNKW, value_GNWK = blocks
-        width = key_GNKW.shape[-1]
+        key_NGKW, value_NGWK = blocks
+        width = key_NGKW.shape[-1]
         given = place_B, position_B % width, is_turn
-        key_GNKW = _written(key_GNKW, key_BLGK.astype(key_GNKW.dtype).transpose(2, 0, 3, 1), *given, axis=3)
-        value_GNWK = _written(value_GNWK, value_BLGK.astype(key_GNKW.dtype).transpose(2, 0, 1, 3), *given, axis=2)
+        key_NGKW = _written(key_NGKW, key_BLGK.astype(key_NGKW.dtype)[:, 0], *given, axis=3)
+        value_NGWK = _written(value_NGWK, value_BLGK.astype(key_NGKW.dtype)[:, 0], *given, axis=2)
         position_NW = first_N[:, None] + jnp.arange(width)
         seen_NW = position_NW <= latest_N1
         if window is not None:
             seen_NW &= position_NW > latest_N1 - window
-        given = query_BLHK[:, 0], key_GNKW, value_GNWK, owner_N, seen_NW
-        return attend_blocks(*given, **form)[:, None], (key_GNKW, value_GNWK)
+        given = query_BLHK[:, 0], key_NGKW, value_NGWK, owner_N, seen_NW
+        return attend_blocks(*given, **form)[:, None], (key_NGKW, value_NGWK)
 
     return read
 
 
-def _written(blocks_GNXY, new_GBXY, place_B, offset_B, is_turn, axis):
-    """Returns blocks with one token of each row, of size 1 along `axis`, in its place; none where no such block is."""
-    new_GBXY = _finite(new_GBXY)
+def _written(blocks_NGXY, new_BGK, place_B, offset_B, is_turn, axis):
+    """Returns blocks with one token of each row in its place along `axis`; none where no such block is."""
+    new_BGK = _finite(new_BGK)
     if len(place_B) == 1 and is_turn is None:
         # XLA:CPU makes a loop of what is below. Out of range is only who has ended: it has all blocks for itself.
-        start = [0, place_B[0], 0, 0]
+        start = [place_B[0], 0, 0, 0]
         start[axis] = offset_B[0]
-        return lax.dynamic_update_slice(blocks_GNXY, new_GBXY, start)
-    to_B = place_B if is_turn is None else jnp.where(is_turn, place_B, blocks_GNXY.shape[1])
-    new_GBX = new_GBXY.squeeze(axis)
-    if axis == 2:
-        return blocks_GNXY.at[:, to_B, offset_B].set(new_GBX, mode="drop")
-    return blocks_GNXY.at[:, to_B, :, offset_B].set(new_GBX.swapaxes(0, 1), mode="drop")
+        return lax.dynamic_update_slice(blocks_NGXY, jnp.expand_dims(new_BGK, axis), start)
+    to_B = place_B if is_turn is None else jnp.where(is_turn, place_B, len(blocks_NGXY))
+    place = blocks_NGXY.at[to_B, :, offset_B] if axis == 2 else blocks_NGXY.at[to_B, :, :, offset_B]
+    return place.set(new_BGK, mode="drop")
 
 
 def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
@@ -197,18 +202,18 @@ def read_pages(table_BP, past_B, step, is_anybodys_B, page_size, placement):
 def read_chunk(past_B, dtype, placement):
     """Returns the `read` of `Block.decode` for entries that are pasts (None: there is none), which keeps all new tokens.
 
-    A past ends with its last column. Without one it is the attention of training, with its kernels, where rows are whole.
+    A past ends with its last column. Without one it is the attention of training, with its kernels, where rows are whole. With
+    `only_B` there is one query a row: that of this new token.
     """
 
-    def read(past, query_BLHK, key_BLGK, value_BLGK, **mask):
+    def read(past, query_BLHK, key_BLGK, value_BLGK, only_B=None, **mask):
         key_BLGK, value_BLGK = (x.astype(dtype) for x in (key_BLGK, value_BLGK))
         recent = tuple(x.transpose(2, 0, 1, 3) for x in (key_BLGK, value_BLGK))
-        if past is None and placement.axis_size("length") == 1:
+        if past is None and only_B is None and placement.axis_size("length") == 1:
             return attend(query_BLHK, key_BLGK, value_BLGK, placement=placement, **mask), recent
-        own = [(_pairs(recent[0]).swapaxes(1, 2), _pairs(recent[1]))]
-        if past is None:
-            return attend_cached(query_BLHK, own, None, 0, **mask), recent
-        end = past[1].shape[1]
-        return attend_cached(query_BLHK, [past, *own], end - past_B, end, **mask), recent
+        own = (_pairs(recent[0]).swapaxes(1, 2), _pairs(recent[1]))
+        end, first_B = 0 if past is None else past[1].shape[1], 0 if only_B is None else only_B
+        cached, start_B = ([own], None) if past is None else ([past, own], end - past_B)
+        return attend_cached(query_BLHK, cached, start_B, end + first_B, **mask), recent
 
     return read

@@ -124,7 +124,7 @@ class Engine:
         self._whole_ladder = self._chunk_ladder
         if is_cpu:
             least = self.pool.pages_for(_LEAST_CHUNK)
-            self._whole_ladder = [pages * size for pages in _fine_ladder(least, chunk, max(1, least // 2))]
+            self._whole_ladder = [pages * size for pages in _fine_ladder(least, chunk, max(1, least // 2), parts=8)]
         self._next_id, self._weights, self._pools, self._blocks, self._events = 0, None, None, None, []
         self._seats = Seats(cache.pages_of_block(size) * size)
         self.load(params)
@@ -470,15 +470,15 @@ def _row_ladder(most):
     return sorted({size for size in sizes if size not in (3, 6) or size == most})
 
 
-def _fine_ladder(least, most, step):
-    """Returns rising sizes from `least` to `most`, a quarter of the last power of two (times `least`) apart, or `step`.
+def _fine_ladder(least, most, step, parts=4):
+    """Returns rising sizes from `least` to `most`, one of `parts` of the last power of two (times `least`) apart, or `step`.
 
     Decoding waits for what it reads of the cache, above all where contexts are long: a quarter too much is enough.
     """
     sizes, octave = [min(least, most)], least
     while sizes[-1] < most:
         octave *= 2 if sizes[-1] >= 2 * octave else 1
-        sizes.append(min(sizes[-1] + max(octave // 4, step), most))
+        sizes.append(min(sizes[-1] + max(octave // parts, step), most))
     return sizes
 
 

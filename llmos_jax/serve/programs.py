@@ -55,7 +55,7 @@ class Programs:
         size = sum(int(np.prod(shape)) for _, shape, _ in layout)
         packed = jax.ShapeDtypeStruct((size,), np.int32, sharding=whole)
         # What goes in is NumPy's and what comes out is whole on every device: so it is with many processes, too.
-        outputs = (whole, cache.pool_sharding(self.stages))
+        outputs = (whole, (cache.pool_sharding(self.stages), cache.block_sharding(self.stages)))
         return jax.jit(run, donate_argnums=(1,), out_shardings=outputs).lower(weights, held, packed).compile()
 
     def _past(self, pools, rows):

@@ -115,7 +115,18 @@ class Sampler:
         Log-probabilities are the model's own, before penalties, bias and temperature.
         """
         arrays = self.arrays
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.vocab_size, logits_BV, -jnp.inf)
+        if self.vocab_size < logits_BV.shape[-1]:
+            logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.vocab_size, logits_BV, -jnp.inf)
+        is_plain = ~(self.is_penalised | jnp.any(arrays["bias"] != 0) | jnp.any(arrays["temperature"] > 0))
+        # Tokens, not logits, come out of the condition: XLA:CPU copies what passes through one.
+        token_B = lax.cond(is_plain, lambda logits_BV, *_: _first_largest(logits_BV), self._draw, logits_BV, index_B, counts)
+        wanted = jnp.any(arrays["logprobs"] >= 0)
+        logprobs = lax.cond(wanted, _logprobs, _no_logprobs, logits_BV, token_B)
+        return token_B, logprobs, self.count(counts, token_B)
+
+    def _draw(self, logits_BV, index_B, counts):
+        """Returns tokens [B] by everything that rows can ask for."""
+        arrays = self.arrays
         shaped_BV = lax.cond(self.is_penalised, _penalise, lambda logits, *_: logits, logits_BV, counts, arrays)
         has_bias = jnp.any(arrays["bias"] != 0)
         shaped_BV = lax.cond(has_bias, _add_bias, lambda logits, *_: logits, shaped_BV, arrays)
@@ -123,10 +134,7 @@ class Sampler:
         is_random_B = arrays["temperature"] > 0
         keys_B = jax.vmap(jax.random.fold_in)(self.keys_B, index_B)
         drawn_B = lax.cond(jnp.any(is_random_B), _draw, lambda *_: greedy_B, shaped_BV, keys_B, arrays)
-        token_B = jnp.where(is_random_B, drawn_B, greedy_B)
-        wanted = jnp.any(arrays["logprobs"] >= 0)
-        logprobs = lax.cond(wanted, _logprobs, _no_logprobs, logits_BV, token_B)
-        return token_B, logprobs, self.count(counts, token_B)
+        return jnp.where(is_random_B, drawn_B, greedy_B)
 
     def count(self, counts, token_B):
         """Returns the counts with one token more of each row."""

@@ -340,17 +340,17 @@ def test_cached_is_the_definition(repeats, window, length, parts):
 
 
 def in_blocks(tensors_BMGK, lengths, width, blocks):
-    """Returns rows' tokens in `blocks` blocks of any order, [G, N, W, K] each, their rows and the positions of their tokens."""
+    """Returns rows' tokens in `blocks` blocks of any order, [N, G, W, K] each, their rows and the positions of their tokens."""
     order = iter(np.random.default_rng(3).permutation(blocks))
     owner_N, position_NW = np.zeros(blocks, np.int32), np.full((blocks, width), 2**30)
-    laid = [np.full((x.shape[2], blocks, width, x.shape[3]), 7.0, np.float32) for x in tensors_BMGK]  # others' leavings
+    laid = [np.full((blocks, x.shape[2], width, x.shape[3]), 7.0, np.float32) for x in tensors_BMGK]  # others' leavings
     for row, length in enumerate(lengths):
         for first in range(0, length, width):
             block = next(order)
             owner_N[block], position_NW[block] = row, first + np.arange(width)
-            for x_GNWK, x_BMGK in zip(laid, tensors_BMGK, strict=True):
+            for x_NGWK, x_BMGK in zip(laid, tensors_BMGK, strict=True):
                 part = x_BMGK[row, first : min(first + width, length)]
-                x_GNWK[:, block, : len(part)] = part.swapaxes(0, 1)
+                x_NGWK[block, :, : len(part)] = part.swapaxes(0, 1)
     return laid, owner_N, position_NW
 
 
@@ -378,9 +378,9 @@ def test_blocks_are_the_definition(repeats, window, softcap, lengths, has_avx512
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("score", [-1e32, -np.inf])
 def test_what_others_left_in_a_block_is_not_seen_even_by_the_lowest_scores(score, batch):
-    query, keys = jnp.full((batch, 1, 4), 1.0), jnp.full((1, 3, 4, 8), score)
+    query, keys = jnp.full((batch, 1, 4), 1.0), jnp.full((3, 1, 4, 8), score)
     given = np.array([0, 0, batch - 1]), np.arange(24).reshape(3, 8) < 5  # the others are nobody's
-    found = [attend_blocks(query, keys, jnp.ones((1, 3, 8, 4)).at[:, 1:].set(left), *given) for left in (1.0, 99.0)]
+    found = [attend_blocks(query, keys, jnp.ones((3, 1, 8, 4)).at[1:].set(left), *given) for left in (1.0, 99.0)]
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
@@ -393,7 +393,7 @@ def test_what_is_no_number_in_a_row_of_blocks_stays_there():
         query[1, 0, 0] = bad
         actual = np.asarray(attend_blocks(query[:, 0], *given))
         assert not np.isfinite(actual[1, 0]).any() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
-    query[1], values[:, owner_N == 1] = 0, 2e38  # the sum of a block's values is too large
+    query[1], values[owner_N == 1] = 0, 2e38  # the sum of a block's values is too large
     actual = np.asarray(attend_blocks(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
     assert np.isnan(actual[1]).all() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     with pytest.raises(ConfigError, match=r"attention to blocks: queries .* do not fit keys"):
