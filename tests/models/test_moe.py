@@ -303,7 +303,7 @@ def test_decoding_is_dropless_whatever_training_was():
         read = read_step(rows, jnp.zeros(2, jnp.int32), rows, jnp.tile(start, 2))
         return model.decode(tokens, at, None, stages.run(model.stack, layers, cache, read, is_updated=True))
 
-    room = (jnp.zeros((4, 2, 8, 12)), jnp.zeros((4, 2, 12, 8)))
+    room = (jnp.zeros((2, 4, 8, 12)), jnp.zeros((2, 4, 12, 8)))
     cache, hidden = [room] * SPARSE.layers, []
     for at in range(12):
         part, cache = step(tokens[:, at : at + 1], cache, at)
