@@ -48,8 +48,9 @@ def products(x_NBI, y_NIO):
     if z_NBO.size <= _RESULTS_OF_A_TASK:
         return z_NBO
     # Changes nothing but that the library (jaxlib 0.10) finds a reduction behind the products: it cuts these by the batch, and
-    # runs them on all threads, where products alone, each too small to be cut, run on one.
-    return lax.platform_dependent(z_NBO, cpu=lambda z: jnp.minimum(z, z.max(-1, keepdims=True)), default=lambda z: z)
+    # runs them on all threads, where products alone, each too small to be cut, run on one. What is no number stays, in this
+    # order: the library's minimum is the second of what it can't compare.
+    return lax.platform_dependent(z_NBO, cpu=lambda z: jnp.minimum(z.max(-1, keepdims=True), z), default=lambda z: z)
 
 
 def product_with_table(x_BI, table_VI):

@@ -16,6 +16,7 @@ from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
 from llmos_jax.models import attention_cpu
+from llmos_jax.models import few_rows
 from llmos_jax.models.attention import attend, attend_blocks, attend_cached
 
 MASKS = {
@@ -339,6 +340,18 @@ def test_cached_is_the_definition(repeats, window, length, parts):
         np.testing.assert_allclose(actual[b], naive_row(*of_row, past, window or 40), atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+def test_one_query_of_each_row_stands_where_its_row_says(window):
+    """As many keys as there are, of which each row's single query sees those up to its own column."""
+    query, key, value, _ = (np.array(x) for x in inputs(40, 2, batch=3))
+    end_B = np.array([3, 39, 17])
+    run = jax.jit(functools.partial(attend_cached, window=window))
+    actual = run(query[np.arange(3), end_B][:, None], [in_columns(key, value)], None, end_B)
+    for b, end in enumerate(end_B):
+        expected = naive_row(query[b, end : end + 1], key[b], value[b], end, window or 40)
+        np.testing.assert_allclose(actual[b], expected, atol=1e-5)
+
+
 def in_blocks(tensors_BMGK, lengths, width, blocks):
     """Returns rows' tokens in `blocks` blocks of any order, [N, G, W, K] each, their rows and the positions of their tokens."""
     order = iter(np.random.default_rng(3).permutation(blocks))
@@ -360,6 +373,7 @@ def in_blocks(tensors_BMGK, lengths, width, blocks):
 def test_blocks_are_the_definition(repeats, window, softcap, lengths, has_avx512, monkeypatch):
     """Rows of several lengths, each with blocks of its own in no order, and some that are nobody's; a row alone, too."""
     monkeypatch.setattr(host, "has_avx512", lambda: has_avx512)
+    monkeypatch.setattr(few_rows, "_RESULTS_OF_A_TASK", 0 if has_avx512 else 2**15)  # as with many blocks, too
     query, key, value, _ = (np.array(x) for x in inputs(40, repeats, batch=len(lengths)))
     (keys, values), owner_N, position_NW = in_blocks((key, value), lengths, 8, 11)
     latest_B = np.array(lengths) - 1
@@ -384,7 +398,9 @@ def test_what_others_left_in_a_block_is_not_seen_even_by_the_lowest_scores(score
     np.testing.assert_array_equal(found[0][0], found[1][0])
 
 
-def test_what_is_no_number_in_a_row_of_blocks_stays_there():
+@pytest.mark.parametrize("results_of_a_task", [2**15, 0])
+def test_what_is_no_number_in_a_row_of_blocks_stays_there(results_of_a_task, monkeypatch):
+    monkeypatch.setattr(few_rows, "_RESULTS_OF_A_TASK", results_of_a_task)
     query, key, value, _ = (np.array(x) for x in inputs(16, 2, batch=3))
     (keys, values), owner_N, position_NW = in_blocks((key, value), (16, 16, 16), 8, 6)
     given = keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30

@@ -8,7 +8,7 @@ import pytest
 from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
-from llmos_jax.models import layers
+from llmos_jax.models import few_rows, layers
 
 
 def arrays(*shapes):
@@ -55,7 +55,7 @@ def test_matmul_of_few_rows(rows, dtype, has_avx512, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("vocab", [64, 65])  # in eight parts, and in one
+@pytest.mark.parametrize("vocab", [768, 65])  # turned round in tiles, and at once
 @pytest.mark.parametrize("rows", [1, 3, 49])
 def test_unembed(rows, vocab):
     x, table = arrays((rows, 1, 16), (vocab, 16))
@@ -132,3 +132,13 @@ def test_lookup_in_a_sharded_table(sizes, vocab, length):
     np.testing.assert_array_equal(jax.jit(ours)(placed), jnp.take(table, tokens, axis=0))
     if divides:
         assert f"f32[{vocab},8]" not in step.as_text()
+
+
+@pytest.mark.parametrize("batch", [8, 40])  # 40 * 4 * 3 * 96 results are cut into tasks, 8 are too few
+def test_products_of_a_batch(batch):
+    """What is no number, or infinite, is so in its own place."""
+    x, y = (np.array(z) for z in arrays((batch, 4, 3, 16), (batch, 4, 16, 96)))
+    x[1, 2, 0, 3], x[2, 1, 1], y[3, 0, :, 5], y[4, 0, 2, 9] = np.nan, 1e36, np.inf, np.nan
+    assert (batch * 4 * 3 * 96 > few_rows._RESULTS_OF_A_TASK) == (batch == 40)
+    expected = np.einsum("NGBI,NGIO->NGBO", x.astype(np.float64), y.astype(np.float64))
+    np.testing.assert_allclose(jax.jit(few_rows.products)(x, y), expected, rtol=1e-5, atol=2e-5)
