@@ -15,8 +15,7 @@ from llmos_jax.compute import host
 from llmos_jax.compute.mesh import MeshConfig
 from llmos_jax.compute.sharding import make_placement
 from llmos_jax.errors import ConfigError
-from llmos_jax.models import attention_cpu
-from llmos_jax.models import few_rows
+from llmos_jax.models import attention_cpu, few_rows
 from llmos_jax.models.attention import attend, attend_blocks, attend_cached
 
 MASKS = {
