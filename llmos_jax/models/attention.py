@@ -24,6 +24,8 @@ IMPLEMENTATIONS = ("auto", "reference", "blocked", "xla", "cudnn", "splash")
 _PREFERRED = {"cpu": ("blocked",), "gpu": ("cudnn", "xla", "blocked"), "tpu": ("splash", "xla", "blocked")}
 # The sides of splash attention's tiles, largest first; a length is a multiple of the last.
 _SPLASH_TILES = (512, 384, 256, 128)
+# More than weights of at most 1 can add up to; a power of two, which no split of a float32 rounds.
+_BEYOND_TOTALS = 2.0**100
 # A prompt longer than this is attended to in pieces, which bounds the memory of its scores.
 _CACHED_ROWS = 512
 # Without vectors of 512 bits XLA:CPU's library packs keys for a product of two heads or more: so few are faster one by one.
@@ -406,32 +408,29 @@ def _attend_row(query_1GRK, key_NGKW, value_NGWK, _owner_N, seen_NW, softcap):
 def _attend_blocks(query_BGRK, key_NGKW, value_NGWK, owner_N, seen_NW, softcap):
     """Returns attention [B, G, R, K] in float32: each block's share, put together by row.
 
-    The many small sums of the rows are one product, so what is no number must not get into it: it becomes the largest number
-    there is, by which its row is known and stays the only one.
+    The many small sums of the rows are one product, by which what is no number would reach all rows. So a score that is none
+    becomes the largest number, a share that is none becomes zero beside a total beyond any: by these their row is known.
     """
     (batch, *of_row), blocks, largest = query_BGRK.shape, len(owner_N), jnp.finfo(jnp.float32).max
     is_owner_BN = owner_N == jnp.arange(batch)[:, None]
     scores_NGRW = _capped(few_rows.products(query_BGRK[owner_N], key_NGKW), softcap)
-    scores_NGRW = jnp.where(seen_NW[:, None, None], _numbers(scores_NGRW, largest), -jnp.inf)
+    scores_NGRW = jnp.where(seen_NW[:, None, None], jnp.where(scores_NGRW < largest, scores_NGRW, largest), -jnp.inf)
     peak_BNGR = jnp.where(is_owner_BN[..., None, None], scores_NGRW.max(-1), -largest)
-    peak_BGR = peak_BNGR.max(1)
+    peak_BGR = jnp.maximum(peak_BNGR.max(1), -largest)
     weights_NGRW = jnp.exp(scores_NGRW - peak_BGR[owner_N][..., None])
     shares_NGRK = few_rows.products(weights_NGRW.astype(value_NGWK.dtype), value_NGWK)
-    # As a product: XLA:CPU's sum takes ten times as long.
-    totals_N = weights_NGRW.reshape(-1, weights_NGRW.shape[-1]) @ jnp.ones(weights_NGRW.shape[-1])
+    # Sums by products: XLA:CPU's own take ten times as long. The mean of shares is a number where all of them are.
+    total_NGR = weights_NGRW @ jnp.ones(weights_NGRW.shape[-1])
+    mean_NGR = shares_NGRK @ jnp.full(shares_NGRK.shape[-1], 1 / shares_NGRK.shape[-1])
+    total_NGR = jnp.where(jnp.abs(mean_NGR) < largest, total_NGR, _BEYOND_TOTALS)
 
     def of_rows(x_N):
         return jnp.dot(is_owner_BN.astype(jnp.float32), x_N.reshape(blocks, -1), precision=lax.Precision.HIGHEST)
 
-    sums_BGRK = of_rows(_numbers(shares_NGRK, largest)).reshape(batch, *of_row)
-    total_BGR = of_rows(totals_N).reshape(batch, *of_row[:-1])
+    sums_BGRK = of_rows(jnp.where(jnp.abs(shares_NGRK) < largest, shares_NGRK, 0)).reshape(batch, *of_row)
+    total_BGR = of_rows(total_NGR).reshape(batch, *of_row[:-1])
     output_BGRK = sums_BGRK / jnp.maximum(total_BGR, jnp.finfo(jnp.float32).tiny)[..., None]
-    return jnp.where((peak_BGR[..., None] < largest) & (jnp.abs(sums_BGRK) < largest), output_BGRK, jnp.nan)
-
-
-def _numbers(x, largest):
-    """Returns x with `largest` in place of what is no number, or too large for one."""
-    return jnp.where(jnp.abs(x) < largest, x, largest)
+    return jnp.where(((peak_BGR < largest) & (total_BGR < _BEYOND_TOTALS))[..., None], output_BGRK, jnp.nan)
 
 
 def _scaled(query, scale):

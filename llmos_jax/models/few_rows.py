@@ -43,13 +43,16 @@ def product(x_BI, weight_IO):
 
 
 def products(x_NBI, y_NIO):
-    """Returns x @ y in float32 for every pair of a batch (any number of dimensions), [..., B, O]."""
+    """Returns x @ y in float32 for every pair of a batch (any number of dimensions), [..., B, O].
+
+    What is no number stays so, and may change others in the same row of results.
+    """
     z_NBO = jnp.matmul(x_NBI, y_NIO, preferred_element_type=jnp.float32)
     if z_NBO.size <= _RESULTS_OF_A_TASK:
         return z_NBO
-    # Changes nothing but that the library (jaxlib 0.10) finds a reduction behind the products: it cuts these by the batch, and
-    # runs them on all threads, where products alone, each too small to be cut, run on one. What is no number stays, in this
-    # order: the library's minimum is the second of what it can't compare.
+    # Changes no number, but the library (jaxlib 0.10) finds a reduction behind the products: it cuts these by the batch, and
+    # runs them on all threads, where products alone, each too small to be cut, run on one. What is no number stays in this
+    # order: the library's minimum is the second of what it can't compare (its maximum forgets what was before such a one).
     return lax.platform_dependent(z_NBO, cpu=lambda z: jnp.minimum(z.max(-1, keepdims=True), z), default=lambda z: z)
 
 

@@ -409,10 +409,23 @@ def test_what_is_no_number_in_a_row_of_blocks_stays_there(results_of_a_task, mon
         actual = np.asarray(attend_blocks(query[:, 0], *given))
         assert not np.isfinite(actual[1, 0]).any() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     query[1], values[owner_N == 1] = 0, 2e38  # the sum of a block's values is too large
-    actual = np.asarray(attend_blocks(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
-    assert np.isnan(actual[1]).all() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
+    first, second = np.flatnonzero(owner_N == 1)
+    for other in (2e38, -4e37):  # the second would bring the sum of both back
+        values[second] = other
+        actual = np.asarray(attend_blocks(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
+        assert np.isnan(actual[1]).all() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     with pytest.raises(ConfigError, match=r"attention to blocks: queries .* do not fit keys"):
         attend_blocks(query[:, 0], keys, values, owner_N, position_NW < 16)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_row_that_sees_nothing_is_finite_and_scores_may_be_infinitely_low(batch):
+    query, keys, values = np.full((batch, 1, 4), 1e20, np.float32), np.zeros((2, 1, 4, 8), np.float32), np.ones((2, 1, 8, 4))
+    keys[0, 0, :, 1] = -1e20
+    given = query, keys, values.astype(np.float32), np.array([0, batch - 1])
+    np.testing.assert_allclose(attend_blocks(*given, np.ones((2, 8), bool)), 1)
+    everything = query, keys, values.astype(np.float32), np.zeros(2, int)
+    assert np.isfinite(attend_blocks(*everything, np.zeros((2, 8), bool))).all()
 
 
 def test_a_long_chunk_is_attended_to_in_pieces():

@@ -136,7 +136,7 @@ def test_lookup_in_a_sharded_table(sizes, vocab, length):
 
 @pytest.mark.parametrize("batch", [8, 40])  # 40 * 4 * 3 * 96 results are cut into tasks, 8 are too few
 def test_products_of_a_batch(batch):
-    """What is no number, or infinite, is so in its own place."""
+    """What is no number, or infinite, is so in its own place; finite rows are what they are alone."""
     x, y = (np.array(z) for z in arrays((batch, 4, 3, 16), (batch, 4, 16, 96)))
     x[1, 2, 0, 3], x[2, 1, 1], y[3, 0, :, 5], y[4, 0, 2, 9] = np.nan, 1e36, np.inf, np.nan
     assert (batch * 4 * 3 * 96 > few_rows._RESULTS_OF_A_TASK) == (batch == 40)
