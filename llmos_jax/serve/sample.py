@@ -119,12 +119,13 @@ class Sampler:
             logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.vocab_size, logits_BV, -jnp.inf)
         is_plain = ~(self.is_penalised | jnp.any(arrays["bias"] != 0) | jnp.any(arrays["temperature"] > 0))
         # Tokens, not logits, come out of the condition: XLA:CPU copies what passes through one.
-        token_B = lax.cond(is_plain, lambda logits_BV, *_: _first_largest(logits_BV), self._draw, logits_BV, index_B, counts)
+        given = logits_BV, index_B, counts
+        token_B = lax.cond(is_plain, lambda logits_BV, *_: _first_largest(logits_BV), self._shape_and_draw, *given)
         wanted = jnp.any(arrays["logprobs"] >= 0)
         logprobs = lax.cond(wanted, _logprobs, _no_logprobs, logits_BV, token_B)
         return token_B, logprobs, self.count(counts, token_B)
 
-    def _draw(self, logits_BV, index_B, counts):
+    def _shape_and_draw(self, logits_BV, index_B, counts):
         """Returns tokens [B] by everything that rows can ask for."""
         arrays = self.arrays
         shaped_BV = lax.cond(self.is_penalised, _penalise, lambda logits, *_: logits, logits_BV, counts, arrays)

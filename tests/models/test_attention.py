@@ -400,22 +400,38 @@ def test_what_others_left_in_a_block_is_not_seen_even_by_the_lowest_scores(score
 @pytest.mark.parametrize("results_of_a_task", [2**15, 0])
 def test_what_is_no_number_in_a_row_of_blocks_stays_there(results_of_a_task, monkeypatch):
     monkeypatch.setattr(few_rows, "_RESULTS_OF_A_TASK", results_of_a_task)
+    run = jax.jit(lambda *given: attend_blocks(*given))  # one program, as in the engine
     query, key, value, _ = (np.array(x) for x in inputs(16, 2, batch=3))
     (keys, values), owner_N, position_NW = in_blocks((key, value), (16, 16, 16), 8, 6)
     given = keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30
-    expected = attend_blocks(query[:, 0], *given)
+    expected = run(query[:, 0], *given)
     for bad in (np.nan, np.inf):
         query[1, 0, 0] = bad
-        actual = np.asarray(attend_blocks(query[:, 0], *given))
+        actual = np.asarray(run(query[:, 0], *given))
         assert not np.isfinite(actual[1, 0]).any() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     query[1], values[owner_N == 1] = 0, 2e38  # the sum of a block's values is too large
     first, second = np.flatnonzero(owner_N == 1)
     for other in (2e38, -4e37):  # the second would bring the sum of both back
         values[second] = other
-        actual = np.asarray(attend_blocks(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
+        actual = np.asarray(run(query[:, 0], *(keys.swapaxes(2, 3), values, owner_N, position_NW < 2**30)))
         assert np.isnan(actual[1]).all() and np.array_equal(actual[[0, 2]], np.asarray(expected)[[0, 2]])
     with pytest.raises(ConfigError, match=r"attention to blocks: queries .* do not fit keys"):
         attend_blocks(query[:, 0], keys, values, owner_N, position_NW < 16)
+
+
+@pytest.mark.parametrize("repeats", [1, 8])
+def test_blocks_whose_heads_are_sharded_stay_where_they_are(repeats, monkeypatch):
+    """Each device attends with its own heads: nothing is gathered."""
+    monkeypatch.setattr(host, "has_avx512", lambda: True)
+    mesh = jax.make_mesh((2,), ("model",))
+
+    def placed(axis, *shape):
+        spec = jax.sharding.PartitionSpec(*("model" if at == axis else None for at in range(len(shape))))
+        return jax.device_put(jax.random.normal(jax.random.key(0), shape), jax.sharding.NamedSharding(mesh, spec))
+
+    given = placed(1, 3, 4 * repeats, 16), placed(1, 40, 4, 16, 64), placed(1, 40, 4, 64, 16)
+    program = jax.jit(attend_blocks).lower(*given, np.arange(40) % 3, np.ones((40, 64), bool)).compile().as_text()
+    assert "all-gather" not in program and "all-reduce" not in program
 
 
 @pytest.mark.parametrize("batch", [1, 2])
