@@ -1,9 +1,9 @@
 """Which requests run, on which pages, and what is computed next. Pure Python: decisions depend on what was submitted only.
 
 A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values lie
-in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready. While few are ready
-and many wait, some steps only prefill (decoding few costs nearly as much as decoding many): how many is bounded, too, so
-neither kind of work keeps the other waiting for long. When pages run out the latest request gives up its own and goes back to
+in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready. While others wait, some
+steps only prefill (decoding few costs nearly as much as decoding many): how many is bounded, too, so neither kind of work keeps
+the other waiting for long. When pages run out the latest request gives up its own and goes back to
 the front of the queue; what it had computed stays in the prefix cache as long as there is room.
 """
 
@@ -15,9 +15,8 @@ import typing
 from llmos_jax.errors import ConfigError
 from llmos_jax.serve.pages import page_digest
 
-# Rows that are ready are decoded after so many times `prefill_tokens` at most, and the sooner the fewer wait for each of them:
-# after so many times when one does.
-_MOST_BUDGETS, _BUDGETS_FOR_ONE = 8, 4
+# Rows that are ready are decoded after so many times `prefill_tokens` at most.
+_MOST_BUDGETS = 8
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
 
@@ -103,12 +102,11 @@ class Scheduler:
 
         Not yet, when the budget is used up while others wait whom a chunk would make ready: up to so many budgets go to them.
         """
-        ready, unready = sum(request.is_ready for request in self.running), [r for r in self.running if not r.is_ready]
+        unready = [request for request in self.running if not request.is_ready]
         coming = [*unready, *itertools.islice(self.waiting, max(self.rows - len(self.running), 0))]
-        waiting = sum(len(request.tokens) - request.computed <= self.prefill_tokens for request in coming)
         self._prefilled += self.prefill_tokens - self._budget
-        budgets = min(_MOST_BUDGETS, _BUDGETS_FOR_ONE * waiting / max(ready, 1))
-        if self._budget <= 0 and self._prefilled < self.prefill_tokens * budgets:
+        others_wait = any(len(request.tokens) - request.computed <= self.prefill_tokens for request in coming)
+        if others_wait and self._budget <= 0 and self._prefilled < self.prefill_tokens * _MOST_BUDGETS:
             return False
         self._prefilled = 0
         return True

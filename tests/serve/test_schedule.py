@@ -208,19 +208,19 @@ def test_prefill_does_not_keep_decoding_waiting():
     assert short.generated == before + 5 and machine.scheduler.find(1).computed == 40
 
 
-def test_those_who_wait_are_prefilled_first_while_they_are_many():
-    """Ready rows after each step, and tokens of the first: it waits while more wait for each ready one than a step serves."""
-    machine = Machine(pages=80, page_size=4, rows=8, prefill_tokens=8)
+def test_those_who_wait_are_prefilled_first_for_a_bounded_time():
+    """Ready rows after each step, and tokens of the first: it is decoded after eight budgets, and when nobody waits any more."""
+    machine = Machine(pages=80, page_size=4, rows=12, prefill_tokens=8)
     machine.next_token = lambda tokens: 1
     machine.scheduler.submit(first := Request(0, [1, 2], limit=30))
     machine.step(1)
-    for index in range(1, 8):
+    for index in range(1, 12):
         machine.scheduler.submit(Request(index, [index] * 8, limit=30))
     seen = []
-    for _ in range(8):
+    for _ in range(12):
         machine.step(1)
         seen.append((sum(request.is_ready for request in machine.scheduler.running), first.generated))
-    assert seen == [(2, 2), (3, 2), (4, 2), (5, 3), (6, 3), (7, 4), (8, 5), (8, 6)]
+    assert seen == [*((ready, 2) for ready in range(2, 9)), (9, 3), (10, 3), (11, 3), (12, 4), (12, 5)]
 
 
 def test_who_could_share_what_is_being_computed_waits_for_it():
