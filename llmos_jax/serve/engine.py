@@ -118,12 +118,12 @@ class Engine:
         self._page_ladder = _ladder(self.pool.pages_for(_LEAST_CONTEXT), whole, 2)
         self._most_blocks = -(-whole // cache.pages_of_block(size))  # of a row
         chunk = min(self.pool.pages_for(self.settings.prefill_tokens), whole)
-        self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK), chunk, 2)]
-        # A CPU computes padding as slowly as tokens; behind a past there are programs for each length of it, and fewer chunks.
-        is_cpu = handle.placement.platform == "cpu"
-        self._whole_ladder = self._chunk_ladder
+        is_cpu, least = handle.placement.platform == "cpu", self.pool.pages_for(_LEAST_CHUNK)
+        self._chunk_ladder = self._whole_ladder = [pages * size for pages in _ladder(least, chunk, 2)]
         if is_cpu:
-            least = self.pool.pages_for(_LEAST_CHUNK)
+            # A CPU computes padding as slowly as tokens. Behind a past there are programs for each length of it, and fewer
+            # chunks, but one more for the few tokens that a known prefix leaves of a prompt.
+            self._chunk_ladder = [pages * size for pages in _ladder(self.pool.pages_for(_LEAST_CHUNK // 2), chunk, 2)]
             self._whole_ladder = [pages * size for pages in _fine_ladder(least, chunk, max(1, least // 2), parts=8)]
         self._next_id, self._weights, self._pools, self._blocks, self._events = 0, None, None, None, []
         self._seats = Seats(cache.pages_of_block(size) * size)
