@@ -1,10 +1,10 @@
 """Which requests run, on which pages, and what is computed next. Pure Python: decisions depend on what was submitted only.
 
-A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values lie
-in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready. While others wait, some
-steps only prefill (decoding few costs nearly as much as decoding many): how many is bounded, too, so neither kind of work keeps
-the other waiting for long. When pages run out the latest request gives up its own and goes back to
-the front of the queue; what it had computed stays in the prefix cache as long as there is room.
+A request waits, runs, and is finished. Running, it is first prefilled in chunks (all tokens but those whose keys and values
+lie in pages), then decoded. A step prefills a bounded number of tokens, then decodes every row that is ready. While others
+wait, some steps only prefill (decoding few costs nearly as much as decoding many): how many is bounded, too, so neither kind
+of work keeps the other waiting for long. When pages run out the latest request gives up its own and goes back to the front of
+the queue; what it had computed stays in the prefix cache as long as there is room.
 """
 
 import collections

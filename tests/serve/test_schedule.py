@@ -209,7 +209,7 @@ def test_prefill_does_not_keep_decoding_waiting():
 
 
 def test_those_who_wait_are_prefilled_first_for_a_bounded_time():
-    """Ready rows after each step, and tokens of the first: it is decoded after eight budgets, and when nobody waits any more."""
+    """Ready rows after each step, and tokens of the first: it is decoded after eight budgets, then when nobody waits."""
     machine = Machine(pages=80, page_size=4, rows=12, prefill_tokens=8)
     machine.next_token = lambda tokens: 1
     machine.scheduler.submit(first := Request(0, [1, 2], limit=30))
