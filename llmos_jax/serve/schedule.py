@@ -15,7 +15,7 @@ import typing
 from llmos_jax.errors import ConfigError
 from llmos_jax.serve.pages import page_digest
 
-# Rows that are ready are decoded after so many times `prefill_tokens` at most.
+# Rows that are ready are decoded once so many times `prefill_tokens` are used up (a chunk may exceed the last of them).
 _MOST_BUDGETS = 8
 
 WAITING, RUNNING, FINISHED = "waiting", "running", "finished"
@@ -100,13 +100,16 @@ class Scheduler:
     def is_decoding_due(self):
         """Returns whether this step decodes the rows that are ready, once nothing more is prefilled in it.
 
-        Not yet, when the budget is used up while others wait whom a chunk would make ready: up to so many budgets go to them.
+        Not yet, when the budget is used up while a chunk would make the next in line ready: up to so many budgets go to these.
         """
-        unready = [request for request in self.running if not request.is_ready]
-        coming = [*unready, *itertools.islice(self.waiting, max(self.rows - len(self.running), 0))]
+        line = itertools.chain(
+            (request for request in self.running if not request.is_ready),
+            itertools.islice(self.waiting, max(self.rows - len(self.running), 0)),
+        )
+        following = next(line, None)
         self._prefilled += self.prefill_tokens - self._budget
-        others_wait = any(len(request.tokens) - request.computed <= self.prefill_tokens for request in coming)
-        if others_wait and self._budget <= 0 and self._prefilled < self.prefill_tokens * _MOST_BUDGETS:
+        is_short = following is not None and len(following.tokens) - following.computed <= self.prefill_tokens
+        if is_short and self._budget <= 0 and self._prefilled < self.prefill_tokens * _MOST_BUDGETS:
             return False
         self._prefilled = 0
         return True

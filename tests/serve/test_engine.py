@@ -242,6 +242,28 @@ def test_programs_are_warm_after_warm_up(made, expected):
     assert engine.programs.count == count == 4 * 3 + 2
 
 
+def test_a_known_prefix_leaves_chunks_of_several_sizes_and_all_are_warm():
+    """Chunks behind a past have sizes of their own on a CPU, from one page; no request compiles a program."""
+    settings = dataclasses.replace(PAIR, page_size=16, prefill_tokens=48, draft_tokens=0)
+    engine, params = make(config=dataclasses.replace(LLAMA, layers=1, global_layers=()), settings=settings)
+    assert engine._whole_ladder == [32, 48] and engine._chunk_ladder == [16, 32, 48]
+    count, lengths, run = engine.warm_up(), set(), engine.programs.run
+
+    def noted(kind, weights, held, rows, **static):
+        if static.get("has_past"):
+            lengths.add(rows["tokens"].shape[1])
+        return run(kind, weights, held, rows, **static)
+
+    engine.programs.run = noted
+    known = list(range(8, 40))
+    sampling = dataclasses.replace(GREEDY, max_tokens=2)
+    for left in (1, 16, 17, 33, 48):
+        prompt = known + [40 + (left * token) % 19 for token in range(left)]
+        engine.generate([known + [9]], sampling)
+        assert engine.generate([prompt], sampling)[0][:2] == reference(params, prompt, sampling, 0, config=engine.config)
+    assert lengths == {16, 32, 48} and engine.programs.count == count
+
+
 def test_a_past_is_gathered_once_for_as_long_as_its_rows_stay(made):
     engine, _ = made
     before = engine.counts.copy()

@@ -208,6 +208,19 @@ def test_prefill_does_not_keep_decoding_waiting():
     assert short.generated == before + 5 and machine.scheduler.find(1).computed == 40
 
 
+def test_who_waits_behind_a_long_prompt_does_not_keep_decoding_waiting():
+    machine = Machine(pages=60, page_size=4, rows=4, prefill_tokens=8)
+    machine.next_token = lambda tokens: 1
+    machine.scheduler.submit(first := Request(0, [1, 2], limit=30))
+    machine.step(1)
+    machine.scheduler.submit(Request(1, list(range(1, 81)), limit=90))
+    machine.scheduler.submit(Request(2, [3, 4], limit=30))
+    before = first.generated
+    for _ in range(8):  # then what is left is one chunk, and both others come first
+        machine.step(1)
+    assert first.generated == before + 8 and machine.scheduler.find(1).computed == 64
+
+
 def test_those_who_wait_are_prefilled_first_for_a_bounded_time():
     """Ready rows after each step, and tokens of the first: it is decoded after eight budgets, then when nobody waits."""
     machine = Machine(pages=80, page_size=4, rows=12, prefill_tokens=8)
