@@ -205,7 +205,34 @@ def _compile(template):
 
 
 def _environment(work):
-    from jinja2 import pass_context
+    """Returns the sandbox with its names, filters and tests, of which each counts what it does."""
+    environment = _sandbox(work)
+    environment.globals = {
+        "range": _short_range,
+        "namespace": environment.globals["namespace"],
+        "dict": dict,
+        "raise_exception": _refuse,
+    }
+    plain = environment.filters | {"join": _join, "replace": _replace, "tojson": _to_json}
+
+    def trim(value, chars=None):
+        work.match(str(value), [chars])
+        return plain["trim"](value, chars)
+
+    kinds = ((_FREE_FILTERS, _nothing), (_SHALLOW_FILTERS, work.skim), (_DEEP_FILTERS, work.weigh))
+    environment.filters = {name: _charged(plain[name], read, work) for names, read in kinds for name in names}
+    environment.filters["trim"] = _charged(trim, work.weigh, work)
+    # What is put into the syntax tree.
+    own = {"step": work.take, "made": work.charge, "listed": work.go_through, "weighed": work.weigh}
+    own |= {"searched": work.search, "skimmed": work.skim}
+    environment.filters |= {name: _charged(function, _nothing, work) for name, function in own.items()}
+    tests = ((name, work.weigh if name in _DEEP_TESTS else _nothing) for name in environment.tests)
+    environment.tests = {name: _charged(environment.tests[name], read, work) for name, read in tests}
+    return environment
+
+
+def _sandbox(work):
+    """Returns an environment of jinja2 in which operators and calls are counted and measured."""
     from jinja2.runtime import Macro
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -248,44 +275,25 @@ def _environment(work):
             result = super().call(context, function, *args, **kwargs)
             return work.skim(result) if isinstance(owner, str) or isinstance(function, Macro) else result
 
-    def charged(function, read):
-        """Returns a filter or test that counts what it reads and makes. Given the context, it is never run once for all."""
-        wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
+    return Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
 
-        @pass_context
-        @functools.wraps(function, updated=())
-        def run(context, *args, **kwargs):
-            for value in (*args, *kwargs.values()):
-                read(value)
-            given = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
-            result = function(*([given[wanted]] if wanted else []), *args, **kwargs)
-            return result if read is _nothing else work.skim(result)
 
-        return run
+def _charged(function, read, work):
+    """Returns a filter or test that counts what it reads and makes. Given the context, it is never run once for all."""
+    from jinja2 import pass_context
 
-    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    environment.globals = {
-        "range": _short_range,
-        "namespace": environment.globals["namespace"],
-        "dict": dict,
-        "raise_exception": _refuse,
-    }
-    plain = environment.filters | {"join": _join, "replace": _replace, "tojson": _to_json}
+    wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
-    def trim(value, chars=None):
-        work.match(str(value), [chars])
-        return plain["trim"](value, chars)
+    @pass_context
+    @functools.wraps(function, updated=())
+    def run(context, *args, **kwargs):
+        for value in (*args, *kwargs.values()):
+            read(value)
+        given = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
+        result = function(*([given[wanted]] if wanted else []), *args, **kwargs)
+        return result if read is _nothing else work.skim(result)
 
-    kinds = ((_FREE_FILTERS, _nothing), (_SHALLOW_FILTERS, work.skim), (_DEEP_FILTERS, work.weigh))
-    environment.filters = {name: charged(plain[name], read) for names, read in kinds for name in names}
-    environment.filters["trim"] = charged(trim, work.weigh)
-    # What is put into the syntax tree.
-    own = {"step": work.take, "made": work.charge, "listed": work.go_through, "weighed": work.weigh}
-    own |= {"searched": work.search, "skimmed": work.skim}
-    environment.filters |= {name: charged(function, _nothing) for name, function in own.items()}
-    tests = ((name, work.weigh if name in _DEEP_TESTS else _nothing) for name in environment.tests)
-    environment.tests = {name: charged(environment.tests[name], read) for name, read in tests}
-    return environment
+    return run
 
 
 def _nothing(value):

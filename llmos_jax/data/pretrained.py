@@ -1,7 +1,7 @@
 """Tokenizers that came with a model: `tokenizer.json` with the files beside it, their special tokens, prompts and chats.
 
 One file of ours holds them all (`to_json`), so that a run directory needs nothing else. A chat template comes from the model's
-files only; it runs in a sandbox, with bounds on its size, its output and its loops.
+files only; it runs in a sandbox, with bounds on its size, its output, its loops and its work.
 """
 
 import functools
@@ -11,6 +11,7 @@ import pathlib
 import numpy as np
 
 from llmos_jax.data.decoding import StreamDecoder, digest, token_bytes
+from llmos_jax.data.encoder import Encoder
 from llmos_jax.errors import ConfigError, DataError
 
 ENVELOPE = "pretrained"
@@ -39,9 +40,7 @@ class PretrainedTokenizer:
             )
         self.files, self._path = {name: files[name] for name in sorted(files) if name != MODEL_FILE}, path
         self._model = read_model(files[TOKENIZER_FILE], path)
-        self._model.encode_special_tokens = True  # a special token's spelling inside a text is just text
-        self._model.no_padding()
-        self._model.no_truncation()
+        self._encoder = Encoder(self._model, path)
         ids = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         self.specials = {t.content: i for i, t in self._model.get_added_tokens_decoder().items() if t.special}
@@ -89,8 +88,8 @@ class PretrainedTokenizer:
         yield from self._encode_batch(batch)
 
     def _encode_batch(self, batch):
-        for item in run(self._path, self._model.encode_batch_fast, batch, add_special_tokens=False) if batch else ():
-            yield np.array(item.ids, np.int32)
+        for ids in self._encoder.encode(batch) if batch else ():
+            yield np.array(ids, np.int32)
 
     def prompt(self, text):
         """Returns the tokens that the model is given to continue `text`: those that it begins with, and the text's."""
@@ -117,11 +116,7 @@ class PretrainedTokenizer:
         named = {name: self._token(name) for name in ("bos_token", "eos_token", "unk_token", "pad_token")}
         named = {name: token for name, token in named.items() if token is not None}
         text = render(self.chat_template, messages=messages, add_generation_prompt=True, **named, **variables)
-        self._model.encode_special_tokens = False
-        try:
-            return np.array(self._ids(text), np.int32)
-        finally:
-            self._model.encode_special_tokens = True
+        return np.array(self._ids(text, reads_special_tokens=True), np.int32)
 
     def token_bytes(self, token):
         """Returns the bytes of text that one token stands for."""
@@ -143,8 +138,9 @@ class PretrainedTokenizer:
         """Returns {name: text} of the files that transformers reads: those that it came with."""
         return dict(self.files)
 
-    def _ids(self, text, add_special_tokens=False):
-        return run(self._path, self._model.encode, text, add_special_tokens=add_special_tokens).ids
+    def _ids(self, text, **form):
+        (ids,) = self._encoder.encode([text], **form)
+        return ids
 
     def _token(self, name):
         """Returns the spelling of a named special token, or None."""
@@ -199,19 +195,6 @@ def files_beside(path):
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"{file} can't be read: {error}.") from None
     return found
-
-
-def run(path, function, *args, **kwargs):
-    """Returns what a function of the tokenizers library returns; DataError when it panics.
-
-    So it does on a regular expression that it can't match within its limit: one of a hostile file on a fitting text.
-    """
-    try:
-        return function(*args, **kwargs)
-    except BaseException as error:  # the library's PanicException is no Exception
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) or type(error).__name__ != "PanicException":
-            raise
-        raise DataError(f"the tokenizer of {path} fails on a text ({str(error).splitlines()[0]}): take another one.") from None
 
 
 def read_model(content, path):

@@ -7,7 +7,8 @@ import json
 import pathlib
 import re
 
-from llmos_jax.data.pretrained import SETTINGS_FILE, TOKENIZER_FILE, files_beside, run
+from llmos_jax.data.encoder import run
+from llmos_jax.data.pretrained import SETTINGS_FILE, TOKENIZER_FILE, files_beside
 from llmos_jax.errors import ConfigError, DataError
 
 MODEL_NAME = "tokenizer.model"

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmos_jax.data import spm
 from llmos_jax.data.decoding import BYTES, StreamDecoder, decode, digest, token_bytes
+from llmos_jax.data.encoder import Encoder
 from llmos_jax.data.pretrained import ENVELOPE, SETTINGS_FILE, PretrainedTokenizer, files_beside, read_model
 from llmos_jax.errors import ConfigError, DataError
 
@@ -86,10 +87,9 @@ class SubwordTokenizer:
     `model`: a `tokenizers.Tokenizer` whose vocabulary holds the end token as a special one.
     """
 
-    def __init__(self, model):
-        self._model = model
+    def __init__(self, model, path="this run"):
+        self._model, self._encoder = model, Encoder(model, path)
         self.name = type(model.model).__name__.lower()
-        self._model.encode_special_tokens = True  # the end token's spelling inside a text is just text
         self.vocab_size = model.get_vocab_size()
         self.end_id = model.token_to_id(END_TEXT)
         if self.end_id is None:
@@ -111,7 +111,8 @@ class SubwordTokenizer:
 
     def encode(self, text):
         """Returns the tokens of `text`, int32; the end token never appears."""
-        return np.array(self._model.encode(text, add_special_tokens=False).ids, np.int32)
+        (ids,) = self._encoder.encode([text])
+        return np.array(ids, np.int32)
 
     def prompt(self, text):
         """Returns the tokens that a model is given to continue `text`: documents begin with the end token in training."""
@@ -125,9 +126,9 @@ class SubwordTokenizer:
 
     def _encode_numbered(self, parts):
         for batch in batched_by_length(parts, _BATCH_CHARACTERS, length=lambda part: len(part[1])):
-            encoded = self._model.encode_batch_fast([text for _, text in batch], add_special_tokens=False)
-            for (number, _), item in zip(batch, encoded, strict=True):
-                yield number, np.array(item.ids, np.int32)
+            encoded = self._encoder.encode([text for _, text in batch])
+            for (number, _), ids in zip(batch, encoded, strict=True):
+                yield number, np.array(ids, np.int32)
 
     def _pieces(self, text):
         return pieces(text, _PIECE_CHARACTERS) if self._can_be_cut else (text,)
@@ -221,7 +222,7 @@ def load_tokenizer(path):
     beside = files_beside(path)
     if beside:
         return PretrainedTokenizer(beside | {"tokenizer.json": content}, path)
-    return SubwordTokenizer(read_model(content, path))
+    return SubwordTokenizer(read_model(content, path), path)
 
 
 def pieces(text, size):
