@@ -202,9 +202,16 @@ def import_checkpoint(source, directory):
     from llmos_jax.train.settings import TrainConfig
 
     prepare_platform(TrainConfig())
+    is_new = not pathlib.Path(directory).exists()
     directory = run_directory.prepare_directory(directory)
-    with _sole_writer(directory):
-        convert.import_checkpoint(source, directory)
+    try:
+        with _sole_writer(directory):
+            convert.import_checkpoint(source, directory)
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):  # what was written stays
+                directory.rmdir()
+        raise
 
 
 def export_checkpoint(directory, folder, *, step=None, dtype=None):

@@ -141,12 +141,13 @@ def test_what_does_not_belong_together_is_refused(source, run):
         ([], "needs either --from"),
         (["--from=hf:a", "--to=hf:b"], "needs either --from"),
         (["--from=a"], "hf:a, not a"),
-        (["--from=hf:/no/such", "--workdir=/tmp/none-of-it"], "there is no folder /no/such"),
+        (["--from=hf:/no/such", "--workdir=none"], "there is no folder /no/such"),
     ],
 )
-def test_flags(flags, words, capsys):
+def test_flags(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     assert main.main(["llmos", "convert", *flags]) == 78
-    assert words in capsys.readouterr().err
+    assert words in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_dtypes_are_checked(run, tmp_path, capsys):
