@@ -1,22 +1,20 @@
-"""Chat templates, run in a sandbox: jinja2's immutable one, in which time and memory are bounded as well.
+"""Chat templates, run in a sandbox: jinja2's immutable one, in a process of its own that ends at its limits (`data/apart.py`).
 
-The template comes from a model's files, never from a request. Nothing of Python can be reached from it. Every turn of a loop
-and every macro call counts against a limit; what an operation reads or makes, character by character, counts against another
-before it is done, and whatever makes a text or list longer is measured.
+The template comes from a model's files, never from a request. Nothing of Python can be reached from it. Loops and macro calls
+are counted, and whatever makes a text or list longer is measured before it is done: most of what is hostile gets an error that
+says what it did. All else ends by an alarm, or out of the memory that the process may take.
 """
 
-import functools
 import json
 
+from llmos_jax.data import apart
 from llmos_jax.errors import ConfigError
 
+_SECONDS, _BYTES = 10.0, 2 * 2**30
 _LARGEST_TEMPLATE_BYTES = 64 * 2**10
 _LARGEST_TEXT_CHARACTERS = 2**23
 _MOST_STEPS = 100_000
-# All that the operations of a rendering read and make: twenty of them on 6 million characters. An element of a list counts as
-# several characters; so does a character that is compared with many.
-_MOST_CHARACTERS = 2**27
-_ELEMENT, _COMPARED_AT_ONCE = 16, 32
+_LONGEST_ERROR = 1000
 _LARGEST_INT = 2**63
 # Methods of texts that templates use; of these the growing ones are measured.
 _TEXT_METHODS = (
@@ -24,33 +22,8 @@ _TEXT_METHODS = (
     *("startswith", "endswith", "find", "rfind", "index", "count", "upper", "lower", "title", "capitalize", "replace", "join"),
     *("isdigit", "isalpha", "isalnum", "isspace", "isupper", "islower"),
 )
-# Filters by what they read of a value: nothing but its length; each element, but not what is in it; all there is.
-_FREE_FILTERS = ("count", "d", "default", "first", "last", "length", "safe")
-_SHALLOW_FILTERS = ("items", "list", "map", "reject", "rejectattr", "reverse", "select", "selectattr")
-_DEEP_FILTERS = (
-    *(
-        "abs",
-        "capitalize",
-        "dictsort",
-        "e",
-        "escape",
-        "float",
-        "int",
-        "join",
-        "lower",
-        "max",
-        "min",
-        "replace",
-        "sort",
-        "string",
-    ),
-    *("title", "tojson", "trim", "unique", "upper"),
-)
-# Tests that look at what is in a value; all others look at its type.
-_DEEP_TESTS = (
-    *("==", "eq", "equalto", "!=", "ne", ">", "gt", "greaterthan", ">=", "ge", "<", "lt", "lessthan", "<=", "le", "in"),
-    *("lower", "upper"),
-)
+# Filters whose result can be far longer than what they are given, and that chat templates have no need of.
+_NO_FILTERS = ("batch", "slice", "center", "indent", "wordwrap", "format", "xmlattr", "urlize", "pprint", "round", "random")
 
 
 def render(template, **variables):
@@ -58,72 +31,61 @@ def render(template, **variables):
 
     Raises ConfigError when the template is too large, fails, refuses the messages, or does more than it may.
     """
-    if len(template.encode()) > _LARGEST_TEMPLATE_BYTES:
-        raise ConfigError(f"the chat template has {len(template.encode())} bytes, and {_LARGEST_TEMPLATE_BYTES} are the most.")
+    size = len(template.encode(errors="surrogatepass"))
+    if size > _LARGEST_TEMPLATE_BYTES:
+        raise ConfigError(f"the chat template has {size} bytes, and {_LARGEST_TEMPLATE_BYTES} are the most.")
+    try:
+        answer = _PROCESS.ask({"template": template, "variables": variables}, _SECONDS, _BYTES)
+    except TypeError as error:
+        raise ConfigError(f"the chat template is given what is no JSON: {error}.") from None
+    except apart.EndedError as error:
+        raise ConfigError(f"the chat template fails on these messages: {error}.") from None
+    if "error" in answer:
+        raise ConfigError(answer["error"])
+    return answer["text"]
+
+
+_PROCESS = apart.Process(__name__)
+
+
+def main():
+    """Answers the requests of `render`."""
+    apart.serve(lambda _: _answer)
+
+
+def _answer(request):
+    """Returns {"text"} or {"error"} for a template and its variables."""
     pieces, length = [], 0
     try:
-        for piece in _compile(template).generate(**variables):
+        for piece in _compile(request["template"]).generate(**request["variables"]):
             length += len(piece)
             _measure(length)
             pieces.append(piece)
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        return {"error": str(error)[:_LONGEST_ERROR]}
     except Exception as error:  # whatever a template of someone else's makes of what it is given
-        raise ConfigError(f"the chat template fails on these messages ({type(error).__name__}: {error}).") from None
-    return "".join(pieces)
+        words = f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]
+        return {"error": f"the chat template fails on these messages ({words})."}
+    return {"text": "".join(pieces)}
 
 
-class _Work:
-    """Counts what one rendering does."""
+class _Steps:
+    """Counts loops and macro calls of one rendering."""
 
     def __init__(self):
-        self._steps, self._characters = _MOST_STEPS, _MOST_CHARACTERS
+        self._left = _MOST_STEPS
 
     def take(self, count=1):
-        """Counts turns of loops and calls of macros."""
-        self._steps -= count
-        if self._steps < 0:
+        self._left -= count
+        if self._left < 0:
             raise ConfigError(f"the chat template takes more than {_MOST_STEPS} steps.")
         return ""
 
-    def charge(self, characters):
-        """Counts characters that are read or made."""
-        self._characters -= characters
-        if self._characters < 0:
-            raise ConfigError(f"the chat template works on more than {_MOST_CHARACTERS} characters, all operations together.")
-        return ""
-
-    def skim(self, value):
-        """Counts a text, or the elements of what holds some, and returns it."""
-        if isinstance(value, str):
-            self.charge(len(value))
-        elif isinstance(value, (list, tuple, dict)):
-            self.charge(_ELEMENT * len(value))
-        return value
-
-    def weigh(self, value):
-        """Counts a value with all that is in it, as often as it is in it, and returns it."""
-        left = [value]
-        while left:
-            self.skim(some := left.pop())
-            if isinstance(some, dict):
-                left += [*some.keys(), *some.values()]
-            elif isinstance(some, (list, tuple)):
-                left += some
-        return value
-
-    def search(self, value):
-        """Counts what `in` looks through, and returns it."""
-        return value if isinstance(value, dict) else self.weigh(value)
-
-    def match(self, text, others):
-        """Counts a text each of whose characters may be compared with all of some other texts."""
-        several = sum(len(other) for other in others if isinstance(other, str))
-        self.charge((1 + len(text)) * (1 + several // _COMPARED_AT_ONCE))
-
-    def go_through(self, items):
-        """Returns what a loop goes through as a list, its elements counted."""
-        return self.skim(items if isinstance(items, (list, tuple)) else list(self.skim(items)))
+    def counted(self, items):
+        """Returns the items of a loop; each is a step, and so is the loop."""
+        items = list(items)
+        self.take(1 + len(items))
+        return items
 
 
 def _compile(template):
@@ -134,106 +96,33 @@ def _compile(template):
     except ImportError:
         raise ConfigError("a chat template needs jinja2: pip install 'llmos-jax[serve]'.") from None
 
-    # Filters can't be named anew by the template, as variables can.
     def filtered(node, name):
         return nodes.Filter(node, name, [], [], None, None)
 
-    def seen(node, name):
-        return node if isinstance(node, nodes.Const) else filtered(node, name)
-
-    def step():
-        return nodes.Output([filtered(nodes.Const(1), "step")])
-
     class Bounded(NodeTransformer):
-        """Puts counting and measuring into a template's syntax tree, where no filter, test or call is."""
+        """Puts the counting of loops and macros, and the measuring of joined texts, into a template's syntax tree."""
 
         def visit_For(self, node):
             self.generic_visit(node)
-            node.iter = filtered(node.iter, "listed")
-            node.body.insert(0, step())  # a recursive loop is given what to go through anew
+            node.iter = filtered(node.iter, "counted")
             return node
 
         def visit_Macro(self, node):
             self.generic_visit(node)
-            node.body.insert(0, step())
+            node.body.insert(0, nodes.Output([nodes.Call(nodes.Name("step", "load"), [], [], None, None)]))
             return node
-
-        visit_CallBlock = visit_Macro
 
         def visit_Concat(self, node):
             self.generic_visit(node)
             return filtered(nodes.List(node.nodes), "join")
 
-        def visit_Compare(self, node):
-            self.generic_visit(node)
-            node.expr = seen(node.expr, "weighed")
-            for operand in node.ops:
-                operand.expr = seen(operand.expr, "searched" if operand.op in ("in", "notin") else "weighed")
-            return node
-
-        def visit_Getitem(self, node):
-            self.generic_visit(node)
-            if isinstance(node.arg, nodes.Slice):
-                node.node = seen(node.node, "skimmed")
-            return node
-
-        def visit_List(self, node):
-            self.generic_visit(node)
-            return filtered(node, "skimmed")
-
-        visit_Dict = visit_List
-
-        def visit_Tuple(self, node):
-            self.generic_visit(node)
-            return filtered(node, "skimmed") if node.ctx == "load" else node
-
-        def visit_Output(self, node):
-            self.generic_visit(node)
-            shown = []
-            for part in node.nodes:
-                if isinstance(part, nodes.TemplateData):
-                    shown += [filtered(nodes.Const(len(part.data)), "made"), part]
-                else:
-                    shown.append(filtered(part, "weighed"))
-            node.nodes = shown
-            return node
-
-    work = _Work()
-    environment = _environment(work)
+    steps = _Steps()
+    environment = _environment(steps)
     tree = Bounded().visit(environment.parse(template))
     return environment.from_string(tree.set_environment(environment))
 
 
-def _environment(work):
-    """Returns the sandbox with its names, filters and tests, of which each counts what it does."""
-    environment = _sandbox(work)
-    environment.globals = {
-        "range": _short_range,
-        "namespace": environment.globals["namespace"],
-        "dict": dict,
-        "raise_exception": _refuse,
-    }
-    plain = environment.filters | {"join": _join, "replace": _replace, "tojson": _to_json}
-
-    def trim(value, chars=None):
-        work.match(str(value), [chars])
-        return plain["trim"](value, chars)
-
-    kinds = ((_FREE_FILTERS, _nothing), (_SHALLOW_FILTERS, work.skim), (_DEEP_FILTERS, work.weigh))
-    environment.filters = {name: _charged(plain[name], read, work) for names, read in kinds for name in names}
-    environment.filters["trim"] = _charged(trim, work.weigh, work)
-    # What is put into the syntax tree.
-    own = {"step": work.take, "made": work.charge, "listed": work.go_through, "weighed": work.weigh}
-    own |= {"searched": work.search, "skimmed": work.skim}
-    environment.filters |= {name: _charged(function, _nothing, work) for name, function in own.items()}
-    tests = ((name, work.weigh if name in _DEEP_TESTS else _nothing) for name in environment.tests)
-    environment.tests = {name: _charged(environment.tests[name], read, work) for name, read in tests}
-    return environment
-
-
-def _sandbox(work):
-    """Returns an environment of jinja2 in which operators and calls are counted and measured."""
-    from jinja2.runtime import Macro
+def _environment(steps):
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
@@ -246,7 +135,6 @@ def _sandbox(work):
                 raise ConfigError(f"the chat template uses {operator} on what it may not.")
             if operator == "+" and hasattr(left, "__len__") and hasattr(right, "__len__"):
                 _measure(len(left) + len(right))
-                work.skim(left), work.skim(right)
             return super().call_binop(context, operator, left, right)
 
         def wrap_str_format(self, value):
@@ -256,48 +144,26 @@ def _sandbox(work):
             is_known = attribute in _TEXT_METHODS if isinstance(obj, str) else True
             return is_known and super().is_safe_attribute(obj, attribute, value)
 
-        def call(self, context, function, *args, **kwargs):
+        def call(self, context, function, /, *args, **kwargs):
             owner, name = getattr(function, "__self__", None), getattr(function, "__name__", "")
-            if isinstance(owner, str):
-                work.match(owner, args)
-                for value in (*args, *kwargs.values()):
-                    work.weigh(value)
-                if name == "replace":
-                    return work.skim(_replace(owner, *args))
-                if name == "join":
-                    return work.skim(_join(*args, owner))
-            elif name in ("index", "count", "changed"):  # these compare
-                for value in (owner, *args):
-                    work.weigh(value)
-            elif name != "get":
-                for value in (owner, *args, *kwargs.values()):
-                    work.skim(value)
-            result = super().call(context, function, *args, **kwargs)
-            return work.skim(result) if isinstance(owner, str) or isinstance(function, Macro) else result
+            if isinstance(owner, str) and name == "replace":
+                return _replace(owner, *args)
+            if isinstance(owner, str) and name == "join":
+                return _join(*args, owner)
+            return super().call(context, function, *args, **kwargs)
 
-    return Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-
-
-def _charged(function, read, work):
-    """Returns a filter or test that counts what it reads and makes. Given the context, it is never run once for all."""
-    from jinja2 import pass_context
-
-    wanted = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
-
-    @pass_context
-    @functools.wraps(function, updated=())
-    def run(context, *args, **kwargs):
-        for value in (*args, *kwargs.values()):
-            read(value)
-        given = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
-        result = function(*([given[wanted]] if wanted else []), *args, **kwargs)
-        return result if read is _nothing else work.skim(result)
-
-    return run
-
-
-def _nothing(value):
-    return value
+    environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    environment.globals = {
+        "range": _short_range,
+        "namespace": environment.globals["namespace"],
+        "dict": dict,
+        "raise_exception": _refuse,
+        "step": steps.take,
+    }
+    for name in _NO_FILTERS:
+        environment.filters.pop(name, None)
+    environment.filters |= {"counted": steps.counted, "join": _join, "replace": _replace, "tojson": _to_json}
+    return environment
 
 
 def _measure(length):
@@ -321,12 +187,9 @@ def _replace(text, old, new, count=-1):
 def _to_json(value, indent=None):
     if isinstance(indent, int) and indent > 8:
         raise ConfigError(f"the chat template indents by {indent}.")
-    pieces, length = [], 0
-    for piece in json.JSONEncoder(ensure_ascii=False, indent=indent).iterencode(value):  # indents make any length
-        length += len(piece)
-        _measure(length)
-        pieces.append(piece)
-    return "".join(pieces)
+    text = json.dumps(value, ensure_ascii=False, indent=indent)
+    _measure(len(text))
+    return text
 
 
 def _is_number(value):

@@ -1,26 +1,28 @@
-"""Encoding by the tokenizers library, with bounds where a tokenizer's rules could take any time or memory.
+"""Encoding by the tokenizers library, apart (`data/apart.py`) where a tokenizer's rules could take any time or memory."""
 
-A regular expression of someone else's can take years, and a few replacements can make any length; neither can be interrupted in
-this process. So a tokenizer whose rules are not among those that are known to be fast encodes in a process of its own, which
-ends when it takes too long or too much. This file is that process's program, too: it imports nothing of the package.
-"""
-
+import functools
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
-import weakref
 
-# For a request, and for each of its characters: 50 thousand a second are a twentieth of what plain rules do.
+from llmos_jax.data import apart
+from llmos_jax.errors import DataError
+
+# For a request, and for each of its characters: 50 thousand a second are a hundredth of what plain rules do.
 _SECONDS, _SECONDS_A_CHARACTER = 10.0, 1 / 50_000
 _BYTES, _BYTES_A_CHARACTER = 4 * 2**30, 512
 # Steps of normalizers and pre-tokenizers whose time and output are in proportion to the text, whatever their settings.
 _KNOWN_STEPS = (
-    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Precompiled", "Strip", "StripAccents", "BertNormalizer", "ByteLevel"),
-    *("BertPreTokenizer", "CharDelimiterSplit", "Digits", "Metaspace", "Punctuation", "UnicodeScripts", "Whitespace"),
-    "WhitespaceSplit",
+    *("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Nmt", "Strip", "StripAccents", "BertNormalizer", "BertPreTokenizer"),
+    *(
+        "ByteLevel",
+        "CharDelimiterSplit",
+        "Digits",
+        "Metaspace",
+        "Punctuation",
+        "UnicodeScripts",
+        "Whitespace",
+        "WhitespaceSplit",
+    ),
 )
 # The patterns of GPT-2; cl100k and Llama 3; Qwen 2; runs of spaces of SentencePiece.
 _ENDINGS = "'s|'t|'re|'ve|'m|'ll|'d"
@@ -32,18 +34,19 @@ _KNOWN_PATTERNS = (
     ),
     " {2,}",
 )
+# Most characters of a piece of Unigram, of WordPiece's words, of prefixes and suffixes, of a post-processor's JSON; most steps.
+_LONGEST_PIECE, _LONGEST_WORD, _LONGEST_AFFIX, _LONGEST_PROCESSOR, _MOST_STEPS = 64, 200, 8, 10_000, 16
 
 
 class Encoder:
     """Encodes by a `tokenizers.Tokenizer`; `path` is what errors call it. `is_apart`: in a process of its own."""
 
     def __init__(self, model, path):
-        self._model, self._path = model, path
         model.no_padding()
         model.no_truncation()
-        tree = json.loads(model.to_str())
-        self.is_apart = not all(_is_known(tree.get(name)) for name in ("normalizer", "pre_tokenizer"))
-        self._start_anew()
+        content = model.to_str()
+        self._model, self._path, self.is_apart = model, path, not _is_known(json.loads(content))
+        self._process, self._lock = apart.Process(__name__, content) if self.is_apart else None, threading.Lock()
 
     def encode(self, texts, *, add_special_tokens=False, reads_special_tokens=False):
         """Returns the tokens of every text, a list of ints each, on all cores.
@@ -53,65 +56,24 @@ class Encoder:
         """
         request = {"texts": texts, "add": add_special_tokens, "read": reads_special_tokens}
         if self.is_apart:
-            return self._ask(request)
-        answer = _answer(self._model, request)
-        return answer["tokens"] if "tokens" in answer else self._fail(answer["error"])
+            characters = sum(map(len, texts))
+            limits = _SECONDS + characters * _SECONDS_A_CHARACTER, _BYTES + characters * _BYTES_A_CHARACTER
+            try:
+                answer = self._process.ask(request, *limits)
+            except apart.EndedError as error:
+                _fail(self._path, f"{error}, for {characters} characters")
+        else:
+            with self._lock:  # how special tokens are read is the model's setting, not the call's
+                answer = _answer(self._model, request)
+        if "error" in answer:
+            _fail(self._path, answer["error"])
+        return answer["tokens"]
 
     def __getstate__(self):
-        return {name: value for name, value in self.__dict__.items() if name not in ("_lock", "_process")}
+        return self.__dict__ | {"_lock": None}
 
     def __setstate__(self, state):
-        self.__dict__ |= state
-        self._start_anew()
-
-    def _start_anew(self):
-        self._lock, self._process, self._owner = threading.Lock(), None, os.getpid()
-
-    def _ask(self, request):
-        if self._owner != os.getpid():
-            self._start_anew()  # a fork's pipes are its parent's
-        characters = sum(map(len, request["texts"]))
-        seconds = _SECONDS + characters * _SECONDS_A_CHARACTER
-        limits = {"seconds": seconds, "bytes": _BYTES + characters * _BYTES_A_CHARACTER}
-        with self._lock:
-            try:
-                if self._process is None:
-                    self._process = subprocess.Popen(
-                        [sys.executable, "-P", __file__],
-                        stdin=subprocess.PIPE,
-                        stdout=subprocess.PIPE,
-                        stderr=subprocess.DEVNULL,
-                    )
-                    weakref.finalize(self, _end, self._process)
-                    self._send(self._model.to_str())
-                self._send(request | limits)
-                line = self._process.stdout.readline()
-            except BrokenPipeError:
-                line = b""
-            except BaseException:  # what it answers to this would be taken for an answer to the next
-                self._forget()
-                raise
-            if not line:
-                code = self._forget()
-                many = f"{characters} characters"
-                if code == -signal.SIGALRM:
-                    self._fail(f"its rules take more than {seconds:.0f} seconds for {many}")
-                self._fail(
-                    f"its process ended with {code} on {many}: out of memory, of which it may take {limits['bytes']} bytes?"
-                )
-        answer = json.loads(line)
-        return answer["tokens"] if "tokens" in answer else self._fail(answer["error"])
-
-    def _send(self, value):
-        self._process.stdin.write(json.dumps(value).encode() + b"\n")
-        self._process.stdin.flush()
-
-    def _forget(self):
-        process, self._process = self._process, None
-        return None if process is None else _end(process)
-
-    def _fail(self, words):
-        _fail(self._path, words)
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
 
 def run(path, function, *args, **kwargs):
@@ -119,35 +81,14 @@ def run(path, function, *args, **kwargs):
     try:
         return function(*args, **kwargs)
     except BaseException as error:
-        _fail(path, _words_of_panic(error))
+        _fail(path, _words(error))
 
 
-def _fail(path, words):
-    from llmos_jax.errors import DataError  # not for the program below
+def main():
+    """Answers an Encoder's requests."""
+    from tokenizers import Tokenizer
 
-    raise DataError(f"the tokenizer of {path} fails on a text ({words}): take another one.") from None
-
-
-def _words_of_panic(error):
-    """Returns the first line of a panic of the library, which is no Exception; raises what is none."""
-    if type(error).__name__ != "PanicException":
-        raise error
-    return str(error).splitlines()[0]
-
-
-def _is_known(step):
-    """Returns whether a normalizer or pre-tokenizer, as in tokenizer.json, is fast on any text and makes none much longer."""
-    if not isinstance(step, dict):
-        return step is None
-    kind, pattern = step.get("type"), step.get("pattern")
-    if kind == "Sequence":
-        return all(map(_is_known, step.get("normalizers", []) + step.get("pretokenizers", [])))
-    if kind == "Prepend":
-        return len(step.get("prepend", "")) <= 1
-    if kind not in ("Split", "Replace"):
-        return kind in _KNOWN_STEPS
-    is_known = isinstance(pattern, dict) and (pattern.get("String") or pattern.get("Regex") in _KNOWN_PATTERNS)
-    return bool(is_known) and (kind == "Split" or len(step.get("content", "")) <= 1)
+    apart.serve(lambda content: functools.partial(_answer, Tokenizer.from_str(content)))
 
 
 def _answer(model, request):
@@ -159,39 +100,51 @@ def _answer(model, request):
             return {"tokens": [model.encode(*request["texts"], **given).ids]}
         return {"tokens": [item.ids for item in model.encode_batch_fast(request["texts"], **given)]}
     except BaseException as error:
-        return {"error": _words_of_panic(error)}
+        return {"error": _words(error)}
     finally:
         model.encode_special_tokens = True
 
 
-def _end(process):
-    process.kill()
-    code = process.wait()
-    process.stdin.close()
-    process.stdout.close()
-    return code
+def _words(error):
+    """Returns the first line of what the library says of a text; raises what is not about it."""
+    if isinstance(error, TypeError):
+        return "it holds half a surrogate pair, which is no character"
+    if type(error).__name__ != "PanicException":  # which is no Exception
+        raise error
+    return str(error).splitlines()[0]
 
 
-def main():
-    """Answers requests, a line of JSON each, until there are no more; the system ends it at a limit."""
-    import resource
-
-    from tokenizers import Tokenizer
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    model = Tokenizer.from_str(json.loads(sys.stdin.readline()))
-    for line in sys.stdin:
-        request = json.loads(line)
-        most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = request["bytes"] if most == resource.RLIM_INFINITY else min(request["bytes"], most)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, most))
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"])
-        answer = _answer(model, request)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+def _fail(path, words):
+    raise DataError(f"the tokenizer of {path} fails on a text ({words}): change the text, or take another one.") from None
 
 
-if __name__ == "__main__":
-    main()
+def _is_known(tree):
+    """Returns whether a tokenizer.json's rules are fast on any text, and make none much longer."""
+    model, steps = tree["model"], [*_steps(tree.get("normalizer")), *_steps(tree.get("pre_tokenizer"))]
+    affixes = (model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix"))
+    is_known = len(json.dumps(tree.get("post_processor"))) <= _LONGEST_PROCESSOR and len(steps) <= _MOST_STEPS
+    is_known &= all(len(affix) <= _LONGEST_AFFIX for affix in affixes) and all(map(_is_known_step, steps))
+    if model["type"] == "Unigram":
+        return is_known and max(len(piece) for piece, _ in model["vocab"]) <= _LONGEST_PIECE
+    if model["type"] == "WordPiece":
+        return is_known and model["max_input_chars_per_word"] <= _LONGEST_WORD
+    return is_known and model["type"] in ("BPE", "WordLevel")
+
+
+def _steps(step):
+    """Yields the steps of a normalizer or pre-tokenizer, those of sequences one by one."""
+    if isinstance(step, dict) and step.get("type") == "Sequence":
+        for inner in step.get("normalizers", []) + step.get("pretokenizers", []):
+            yield from _steps(inner)
+    elif step is not None:
+        yield step
+
+
+def _is_known_step(step):
+    kind, pattern = step["type"], step.get("pattern")
+    if kind == "Prepend":
+        return len(step["prepend"]) <= 1
+    if kind not in ("Split", "Replace"):
+        return kind in _KNOWN_STEPS
+    is_known = pattern.get("String") or pattern.get("Regex") in _KNOWN_PATTERNS
+    return bool(is_known) and (kind == "Split" or len(step["content"]) <= 1)

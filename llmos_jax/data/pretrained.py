@@ -1,7 +1,7 @@
 """Tokenizers that came with a model: `tokenizer.json` with the files beside it, their special tokens, prompts and chats.
 
 One file of ours holds them all (`to_json`), so that a run directory needs nothing else. A chat template comes from the model's
-files only; it runs in a sandbox, with bounds on its size, its output, its loops and its work.
+files only; it runs in a sandbox, with bounds on its time and memory.
 """
 
 import functools

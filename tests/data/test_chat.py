@@ -2,6 +2,7 @@
 
 import pytest
 
+from llmos_jax.data import chat
 from llmos_jax.data.chat import render
 from llmos_jax.errors import ConfigError
 
@@ -32,17 +33,6 @@ def test_templates_are_rendered():
 
 
 _GROW = "{% set ns = namespace(x='aaaaaaaaaa') %}{% for i in range(100) %}{% set ns.x = NEXT %}{% endfor %}{{ ns.x | length }}"
-_LONG = "{% set ns = namespace(x='aaaaaaaa', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
-_BODIES = (
-    *("{% set ns.l = ns.l + [ns.x | upper] %}", "{% set _ = ns.x | upper %}", "{% set _ = ns.x | list | sort %}"),
-    *("{% set _ = ns.x.strip(ns.x) %}", "{% set _ = ns.x.rfind('b' + ns.x[1:]) %}", "{% set _ = ns.x.split('a') %}"),
-    *("{% set _ = ns.x[1:] in ns.x %}", "{% set _ = ns.x[1:] == ns.x[:-1] %}", "{% set _ = ns.x is lower %}"),
-    *("{% set x %}{{ ns.x }}{% endset %}", "{% set _ = [ns.x] | map('upper') | list %}", "{% set _ = ns.x[1:] ~ 'b' %}"),
-    "{% if loop.changed(ns.x[1:]) %}{% endif %}",
-)
-_TWICE = "{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}"
-_SHARED = "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
-_DEEP = "{% set ns = namespace(x=[]) %}{% for i in range(400) %}{% set ns.x = [ns.x] + range(16) | list %}{% endfor %}"
 
 
 @pytest.mark.parametrize(
@@ -56,7 +46,7 @@ _DEEP = "{% set ns = namespace(x=[]) %}{% for i in range(400) %}{% set ns.x = [n
         ("{% for a in range(10**9) %}{% endfor %}", r"uses \*\*"),
         ("{% for a in range(1000000000) %}{% endfor %}", "loops more than"),
         ("{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}", "RecursionError"),
-        (_TWICE, "more than 100000 steps"),
+        ("{% macro f(n) %}{% if n %}{{ f(n-1) }}{{ f(n-1) }}{% endif %}{% endmacro %}{{ f(40) }}", "more than 100000 steps"),
         ("{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "RecursionError|100000 steps"),
         (_GROW.replace("NEXT", "ns.x ~ ns.x"), "more than 8388608 characters"),
         (_GROW.replace("NEXT", "ns.x + ns.x"), "more than 8388608 characters"),
@@ -72,23 +62,48 @@ _DEEP = "{% set ns = namespace(x=[]) %}{% for i in range(400) %}{% set ns.x = [n
         ("{{ cycler.__init__.__globals__ }}", "SecurityError"),
         ("{{ messages.append(1) }}", "SecurityError"),
         ("{% include '/etc/passwd' %}", "TypeError|no loader"),
-        # What no loop and no text shows: turns over constants, a name taken by the template, a loop that calls itself.
-        ("".join("{% for a" + str(n) + " in 'aaaaaaaaaa' %}" for n in range(9)) + "{% endfor %}" * 9, "more than 100000 steps"),
-        ("{% macro step() %}{% endmacro %}" + _TWICE, "more than 100000 steps"),
-        ("{% for m in [1, 2] recursive %}{{ loop([1, 2]) ~ loop([1, 2]) if loop.depth < 60 }}{% endfor %}", "100000 steps"),
-        # Much work, and much that is held, in few steps.
-        *((_LONG + "{% for i in range(90000) %}" + body + "{% endfor %}", "works on more than") for body in _BODIES),
-        (_SHARED + "{{ ns.x }}", "works on more than"),
-        (_SHARED + "{{ ns.x | tojson }}", "works on more than"),
-        (_SHARED + "{{ [ns.x, ns.x] | sort }}", "works on more than"),
-        ("{% for i in range(90000) %}{% set x %}" + "y" * 60000 + "{% endset %}{% endfor %}", "works on more than"),
-        ("{% for i in range(90000) %}{% set x = [" + "1," * 10000 + "] %}{% endfor %}", "works on more than"),
-        (_DEEP + "{{ ns.x | tojson(indent=8) }}", "more than 8388608 characters"),
     ],
 )
 def test_hostile_templates_are_stopped(template, words):
     with pytest.raises(ConfigError, match=words):
         render(template, messages=MESSAGES)
+
+
+_LOOP = "{% for i in range(99000) %}BODY{% endfor %}"
+_LONG = "{% set ns = namespace(x='aaaaaaaa', l=[]) %}{% for i in range(20) %}{% set ns.x = ns.x + ns.x %}{% endfor %}"
+_NESTED = "{% set ns = namespace(x=['a']) %}{% for i in range(60) %}{% set ns.x = [ns.x, ns.x] %}{% endfor %}"
+_BLOCKS = "".join(f"{{% block b{n} %}}{{{{ self.b{n - 1}() }}}}{{{{ self.b{n - 1}() }}}}{{% endblock %}}" for n in range(1, 40))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "".join("{% for a" + str(n) + " in 'aaaaaaaaaa' %}" for n in range(9)) + "{% endfor %}" * 9,
+        _LOOP.replace("BODY", "{{ 'x' if 'a' in range(100000) }}"),
+        _LOOP.replace("BODY", "{% if i is none %}{% endif %}" * 2000),
+        _LOOP.replace("BODY", "{% set _ = loop.cycle(*range(100000)) %}"),
+        _LONG + _LOOP.replace("BODY", "{% set _ = ns.x | upper %}"),
+        _LONG + _LOOP.replace("BODY", "{% set ns.l = [ns.l, ns.x | upper] %}"),
+        _LONG + "{{ (ns.x | int(base=16)) // (ns.x[:4194304] | int(base=16)) }}",
+        _LOOP.replace("BODY", "{% set ns = namespace(l=[l, dict.fromkeys(range(100000))]) %}{% set l = ns.l %}"),
+        _NESTED + "{{ ns.x }}",
+        _NESTED + "{{ ns.x | tojson }}",
+        "{% block b0 %}{% endblock %}" + _BLOCKS,
+    ],
+)
+def test_what_counting_does_not_see_ends_at_a_limit(template, monkeypatch):
+    monkeypatch.setattr(chat, "_SECONDS", 1.0)
+    monkeypatch.setattr(chat, "_BYTES", 2**29)
+    with pytest.raises(ConfigError, match="more than 1 seconds|MemoryError|out of 0.5 GiB|more than 8388608 characters"):
+        render(template, messages=MESSAGES)
+    assert render(CHATML, messages=MESSAGES[:1]) == "<|im_start|>system\nBe brief.<|im_end|>\n"
+
+
+def test_half_a_character_and_names_of_ours_are_nothing_special():
+    assert render("\ud800", messages=[]) == "\ud800"
+    assert render("{% macro m(function) %}{{ function.name }}{% endmacro %}{{ m(function={'name': 'f'}) }}") == "f"
+    with pytest.raises(ConfigError, match="what is no JSON: .*set"):
+        render("", messages={1})
 
 
 def test_long_conversations_are_within_what_a_template_may_do():
