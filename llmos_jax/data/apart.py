@@ -72,7 +72,7 @@ class Process:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise EndedError(f"no process can be started for it: {error}") from None
-        weakref.finalize(self, _end, self._process)
+        self._finalizer = weakref.finalize(self, _end_own, self._process, self._owner)
         self._send(self._greeting)
 
     def _send(self, value):
@@ -81,7 +81,10 @@ class Process:
 
     def _forget(self):
         process, self._process = self._process, None
-        return None if process is None else _end(process)
+        if process is None:
+            return None
+        self._finalizer.detach()
+        return _end(process)
 
 
 def serve(answer_to):
@@ -100,6 +103,11 @@ def serve(answer_to):
         answers.write(json.dumps(answer(limits["request"])) + "\n")
         answers.flush()
         signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _end_own(process, owner):
+    if owner == os.getpid():  # a fork has its parent's finalizers, too
+        _end(process)
 
 
 def _end(process):

@@ -99,6 +99,8 @@ def _answer(model, request):
         if len(request["texts"]) == 1:
             return {"tokens": [model.encode(*request["texts"], **given).ids]}
         return {"tokens": [item.ids for item in model.encode_batch_fast(request["texts"], **given)]}
+    except TypeError:  # texts are texts, else
+        return {"error": "it holds half a surrogate pair, which is no character"}
     except BaseException as error:
         return {"error": _words(error)}
     finally:
@@ -107,8 +109,6 @@ def _answer(model, request):
 
 def _words(error):
     """Returns the first line of what the library says of a text; raises what is not about it."""
-    if isinstance(error, TypeError):
-        return "it holds half a surrogate pair, which is no character"
     if type(error).__name__ != "PanicException":  # which is no Exception
         raise error
     return str(error).splitlines()[0]

@@ -1,5 +1,6 @@
 """Encoding apart: what is known to be fast is done here, all else in a process that ends at its limits."""
 
+import os
 import pickle
 
 import pytest
@@ -89,6 +90,18 @@ def test_replacements_that_double_a_text_end_at_their_limit(monkeypatch):
     with pytest.raises(DataError, match="some/file fails on a text .*ended with -?[0-9]+, .*out of 0.5 GiB"):
         encoder.encode(["a"])
     assert encoder.encode(["b"]) == [list(b"b")]
+
+
+def test_a_fork_that_drops_it_leaves_its_parents_process_alone():
+    encoder = lib.Encoder(model("b+c"), "t")
+    encoder.encode(["a"])
+    process = encoder._process._process
+    child = os.fork()
+    if not child:
+        del encoder
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert process.poll() is None and encoder.encode(["a"]) == [[97]] and encoder._process._process is process
 
 
 def test_its_process_ends_with_it_and_after_an_interrupt(monkeypatch):
