@@ -72,7 +72,7 @@ class Process:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise EndedError(f"no process can be started for it: {error}") from None
-        self._finalizer = weakref.finalize(self, _end_own, self._process, self._owner)
+        self._finalizer = weakref.finalize(self, _end, self._process)
         self._send(self._greeting)
 
     def _send(self, value):
@@ -105,13 +105,8 @@ def serve(answer_to):
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _end_own(process, owner):
-    if owner == os.getpid():  # a fork has its parent's finalizers, too
-        _end(process)
-
-
 def _end(process):
-    process.kill()
+    process.kill()  # nothing in a fork: there it is nobody's child
     code = process.wait()
     for pipe in (process.stdin, process.stdout):
         with contextlib.suppress(BrokenPipeError):  # what it did not read
